@@ -47,9 +47,9 @@ from lorax_async.handle import AdapterHandle, ModuleWeights
 from lorax_async.ids import Allow, parse_adapter_id
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout
+from lorax_async.runtime.acquire import Prefetch
 from lorax_async.runtime.folders import AdapterFolder, StoredAdapter
 from lorax_async.runtime.placement import AdapterResidency, Placement
-from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.scheduler.requests import Request, Ticket
 from lorax_async.scheduler.scheduler import AdapterScheduler, Batch, BatchRow
 from lorax_async.store import AdapterStore

@@ -1,17 +1,31 @@
-"""Threads beside an event loop: inboxes, awaited work, shared tasks, control of a fetch."""
+"""An event loop and threads beside it: inboxes, awaited work, shared tasks, turns, calls."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
+import sys
 import warnings
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterable, Iterator
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Hashable,
+    Iterable,
+    Iterator,
+)
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import partial
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from functools import partial, wraps
+from heapq import heappop, heappush
+from itertools import count
 from threading import Event, Lock, Thread
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 from lorax_async.errors import (
     FetchError,
@@ -542,3 +556,144 @@ async def result_of(task: asyncio.Task[R], stage: Stage, check_open: Callable[[]
             except LoraxError as error:
                 raise error.located(stage=stage) from None
         raise
+
+
+# -- turns -----------------------------------------------------------------------------------------
+
+
+class PrioritySemaphore:
+    """A semaphore of `limit` turns: the highest priority first, then the longest wait.
+
+    A turn that lasts longer than `seconds` frees its place early, for callers of origins that have
+    fewer than `limit` turns.
+    """
+
+    def __init__(self, limit: int, seconds: float) -> None:
+        self._limit = self._free = limit
+        self._seconds = seconds
+        self._order = count()
+        self._held: Counter[Hashable] = Counter()
+        self._waiting: dict[Hashable, list[tuple[int, int, asyncio.Future[None]]]] = {}
+
+    @asynccontextmanager
+    async def turn(self, priority: int, origin: Hashable = None) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        began, has_place = loop.create_future(), True
+        timer: asyncio.TimerHandle | None = None
+
+        def free_place() -> None:
+            nonlocal has_place
+            self._free += has_place
+            has_place = False
+            self._start_next()
+
+        heappush(self._waiting.setdefault(origin, []), (-priority, next(self._order), began))
+        self._start_next()
+        try:
+            await began
+            timer = loop.call_later(self._seconds, free_place)
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if not began.cancelled():  # else the caller left before its turn
+                self._held[origin] -= 1
+                if not self._held[origin]:
+                    del self._held[origin]
+                free_place()
+
+    def _start_next(self) -> None:
+        while self._free > 0:
+            for origin, waiting in list(self._waiting.items()):
+                while waiting and waiting[0][2].done():  # its caller was cancelled
+                    heappop(waiting)
+                if not waiting:
+                    del self._waiting[origin]
+            eligible = [origin for origin in self._waiting if self._held[origin] < self._limit]
+            if not eligible:
+                return
+            origin = min(eligible, key=lambda origin: self._waiting[origin][0][:2])
+            _, _, began = heappop(self._waiting[origin])
+            self._free -= 1
+            self._held[origin] += 1
+            began.set_result(None)
+
+
+class OrderedCalls:
+    """Lets calls with one name take effect in the order in which they began."""
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[Hashable, asyncio.Lock] = WeakValueDictionary()
+
+    @contextmanager
+    def enter(self, name: Hashable) -> Iterator[Awaitable[object]]:
+        """Yield what to await until all earlier calls have left the block.
+
+        If a call leaves early, later ones still wait for its predecessors.
+        """
+        lock = self._locks.setdefault(name, asyncio.Lock())
+        turn = asyncio.get_running_loop().create_task(lock.acquire())
+        try:
+            yield turn
+        finally:
+            if turn.done() and not turn.cancelled():
+                lock.release()
+            else:
+                turn.cancel()
+
+
+# -- calls -----------------------------------------------------------------------------------------
+
+
+P = ParamSpec("P")
+C = TypeVar("C", bound=AbstractAsyncContextManager[Any])
+
+
+class ContextCall(Coroutine[Any, Any, C]):
+    """A call whose result is an async context manager that is entered already.
+
+    Await it and end the result yourself, or use it with `async with`. It is a coroutine, so tasks
+    may be made of it.
+    """
+
+    __slots__ = ("_call", "_result")
+
+    def __init__(self, call: Coroutine[Any, Any, C]) -> None:
+        self._call = call
+
+    def __await__(self) -> Generator[Any, Any, C]:
+        return self._call.__await__()
+
+    def send(self, value: Any) -> Any:
+        return self._call.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._call.throw(*error)
+
+    def close(self) -> None:
+        self._call.close()
+
+    if not TYPE_CHECKING:  # where an attribute of what was not awaited is an error
+
+        def __getattr__(self, name: str) -> object:
+            """Show asyncio the coroutine's name and frames, for the repr and stack of a task."""
+            return getattr(self._call, name)
+
+    async def __aenter__(self) -> C:
+        self._result = await self._call
+        return self._result
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._result.__aexit__(*error)
+
+
+def context_call(method: Callable[P, Coroutine[Any, Any, C]]) -> Callable[P, ContextCall[C]]:
+    """Let calls of a coroutine method be used with `async with` too."""
+
+    @wraps(method)
+    def call(*args: P.args, **options: P.kwargs) -> ContextCall[C]:
+        return ContextCall(method(*args, **options))
+
+    if sys.version_info >= (3, 12):  # frameworks await what such a function returns
+        inspect.markcoroutinefunction(call)
+    return call

@@ -1,16 +1,13 @@
-"""Handles: leases on adapters on a device, with views of their weights; calls that return them."""
+"""Handles: leases on adapters on a device, with views of their weights."""
 
 from __future__ import annotations
 
 import asyncio
-import inspect
-import sys
 import warnings
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Self, SupportsIndex, TypeVar
+from typing import NoReturn, Self, SupportsIndex
 
 import torch
 
@@ -355,57 +352,3 @@ def current_task_name() -> str:
     """Return the name of the running task, or an empty string."""
     task = asyncio.current_task()
     return task.get_name() if task is not None else ""
-
-
-P = ParamSpec("P")
-C = TypeVar("C", bound=AbstractAsyncContextManager[Any])
-
-
-class ContextCall(Coroutine[Any, Any, C]):
-    """A call whose result is an async context manager that is entered already.
-
-    Await it and end the result yourself, or use it with `async with`. It is a coroutine, so tasks
-    may be made of it.
-    """
-
-    __slots__ = ("_call", "_result")
-
-    def __init__(self, call: Coroutine[Any, Any, C]) -> None:
-        self._call = call
-
-    def __await__(self) -> Generator[Any, Any, C]:
-        return self._call.__await__()
-
-    def send(self, value: Any) -> Any:
-        return self._call.send(value)
-
-    def throw(self, *error: Any) -> Any:
-        return self._call.throw(*error)
-
-    def close(self) -> None:
-        self._call.close()
-
-    if not TYPE_CHECKING:  # where an attribute of what was not awaited is an error
-
-        def __getattr__(self, name: str) -> object:
-            """Show asyncio the coroutine's name and frames, for the repr and stack of a task."""
-            return getattr(self._call, name)
-
-    async def __aenter__(self) -> C:
-        self._result = await self._call
-        return self._result
-
-    async def __aexit__(self, *error: Any) -> None:
-        await self._result.__aexit__(*error)
-
-
-def context_call(method: Callable[P, Coroutine[Any, Any, C]]) -> Callable[P, ContextCall[C]]:
-    """Let calls of a coroutine method be used with `async with` too."""
-
-    @wraps(method)
-    def call(*args: P.args, **options: P.kwargs) -> ContextCall[C]:
-        return ContextCall(method(*args, **options))
-
-    if sys.version_info >= (3, 12):  # frameworks await what such a function returns
-        inspect.markcoroutinefunction(call)
-    return call

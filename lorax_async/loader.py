@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar, overload
 import torch
 
 from lorax_async import layouts
-from lorax_async.concurrency import Lifetime
+from lorax_async.concurrency import Lifetime, context_call
 from lorax_async.config import LoaderConfig
 from lorax_async.devices.base import Device, PointerTables
 from lorax_async.errors import (
@@ -24,15 +24,15 @@ from lorax_async.errors import (
 )
 from lorax_async.events import CallEvent, Event
 from lorax_async.formats.peft_config import GivenConfig, write_config
-from lorax_async.handle import AdapterHandle, context_call, current_task_name
+from lorax_async.handle import AdapterHandle, current_task_name
 from lorax_async.lifecycle.adapter_state import WantedTier
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.sharding import shard_layout
+from lorax_async.runtime.acquire import Prefetch
 from lorax_async.runtime.assembly import Assembly
 from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.runtime.leases import Lease
 from lorax_async.runtime.placement import TIERS, Placement, TierName
-from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.sources.base import Source
 from lorax_async.telemetry import Call, Statistics, Tracer, name_of
 from lorax_async.tracing import TRACE_LIMIT, Trace
@@ -500,10 +500,9 @@ class AdapterLoader:
             driver.lifecycle.states,
             driver.files.holds,
             assembly.copies.sizes,
-            known=assembly.store.resolver.known,
-            ids=assembly.store.resolver.ids,
-            story=driver.telemetry.story,
-            usage=assembly.usage,
+            assembly.store.resolver,
+            driver.telemetry.story,
+            assembly.usage,
         )
 
     def statistics(self) -> Statistics:

@@ -8,15 +8,13 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Self
 
-from lorax_async.concurrency import Lifetime
+from lorax_async.concurrency import Lifetime, PrioritySemaphore, context_call
 from lorax_async.config import StoreConfig
 from lorax_async.errors import ConfigError, shorten_repr
-from lorax_async.handle import context_call
 from lorax_async.ids import origin_of
-from lorax_async.runtime.acquire import BACKGROUND, BACKGROUND_SECONDS, PrioritySemaphore
+from lorax_async.runtime.acquire import BACKGROUND, BACKGROUND_SECONDS, Prefetch
 from lorax_async.runtime.assembly import StoreParts
 from lorax_async.runtime.folders import AdapterFolder, StoredAdapter
-from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.sources.base import Source
 from lorax_async.types import AdapterId, AdapterKey, Ref, as_ref, as_refs
 

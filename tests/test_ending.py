@@ -22,16 +22,20 @@ import tiny
 from common import our_threads, until
 from false_bytes import watched
 from lorax_async import AdapterKey, SlotId, errors
-from lorax_async.concurrency import ThreadPool
+from lorax_async.concurrency import Inbox, ThreadPool
+from lorax_async.devices import transfer
 from lorax_async.devices.base import CopyTicket
-from lorax_async.devices.transfer import GroupCopy, SubmittedCopies
+from lorax_async.devices.transfer import (
+    CopyRun,
+    CopyThreads,
+    GroupCopy,
+    SlotCopies,
+    SubmittedCopies,
+)
 from lorax_async.lifecycle.adapter_state import SlotGrant
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.commands import CopyGroups
 from lorax_async.planning.transfer_plan import GroupPlan, TransferPlan
-from lorax_async.runtime import copies as copies_module
-from lorax_async.runtime.copies import CopyThreads
-from lorax_async.runtime.leases import SlotOccupancy
 from lorax_async.sources.base import AdapterFile
 from lorax_async.testing import FakeHold, FakeSource
 from tiny_loaders import fails, gated, loader
@@ -311,6 +315,20 @@ class SlowInt(int):
         return SlowInt(int(self) - other)
 
 
+NO_READER: Any = None
+
+
+def copy_threads(
+    run: Callable[[list[GroupCopy]], SubmittedCopies],
+    ended: Callable[[CopyRun], None],
+    threads: int,
+) -> CopyThreads:
+    """Copies go to `run`, and runs that have ended to `ended` on the loop."""
+    copying: Any = SimpleNamespace(run=run)
+    inbox = Inbox(asyncio.get_running_loop(), ended)
+    return CopyThreads(copying, inbox, lambda key: None, threads=threads, images=torch.empty(0))
+
+
 async def test_the_least_tag_is_next() -> None:
     """Of one adapter all runs may be waiting, and another's with a lesser tag comes before them."""
     began, go_on = list[int](), threading.Event()
@@ -323,14 +341,10 @@ async def test_the_least_tag_is_next() -> None:
     key = AdapterKey("somewhere", ())
     grant = SlotGrant(SlotId(0, 1), tuple(Extent(64 * n, 64) for n in range(4)))
     groups = tuple(GroupPlan(n, 64, (), (), (), (), ()) for n in range(4))
-    occupancy = SlotOccupancy(key, grant, TransferPlan(groups, "F32", 4, 256, 300), 4)
-    part: Any = SimpleNamespace  # of the loader, as far as copies know it
-    parts = part(reader=lambda key: None), part(occupancies={key: occupancy}), part(run=run)
-    copies = CopyThreads(
-        *parts, lambda jobs: None, lambda key: None, threads=1, images=torch.empty(0)
-    )
+    slot = SlotCopies(TransferPlan(groups, "F32", 4, 256, 300), grant)
+    copies = copy_threads(run, lambda run: None, threads=1)
     for group, tag in enumerate((64, 192, 128, 128)):
-        copies.start(CopyGroups(key, grant, (group,), 64, tag))
+        copies.start(CopyGroups(key, grant, (group,), 64, tag), slot, NO_READER)
         await until(lambda: began == [0])
     go_on.set()
     await until(lambda: len(began) == 4)
@@ -346,8 +360,8 @@ async def test_copies_that_end_at_the_same_moment_are_both_counted(monkeypatch: 
     grant = SlotGrant(SlotId(0, 1), tuple(Extent(64 * n, 64) for n in range(4)))
     groups = tuple(GroupPlan(n, 64, (), (), (), (), ()) for n in range(4))
     plan = TransferPlan(groups, "F32", 4, 256, 300)
-    occupancies = {key: SlotOccupancy(key, grant, plan, 4) for key in keys}
-    occupancies[keys[0]].copying = SlowInt(0)
+    slots = {key: SlotCopies(plan, grant) for key in keys}
+    slots[keys[0]].copying = SlowInt(0)
     tickets: list[CopyTicket] = [Future() for _ in range(3)]
 
     def run(copies: list[GroupCopy]) -> SubmittedCopies:
@@ -355,16 +369,10 @@ async def test_copies_that_end_at_the_same_moment_are_both_counted(monkeypatch: 
         asked.append(copies[0].group.layer)
         return SubmittedCopies([ticket], [ticket])
 
-    part: Any = SimpleNamespace  # of the loader, as far as copies know it
-    parts = part(reader=lambda key: None), part(occupancies=occupancies), part(run=run)
-    monkeypatch.setattr(copies_module, "LOW_RUNS", 0)
-
-    def copied(jobs: list[copies_module.CopyJob]) -> None:
-        heard.extend(group for job in jobs for group in job.command.groups)
-
-    copies = CopyThreads(*parts, copied, lambda key: None, threads=2, images=torch.empty(0))
+    monkeypatch.setattr(transfer, "LOW_RUNS", 0)
+    copies = copy_threads(run, lambda run: heard.extend(run.command.groups), threads=2)
     for group, key in enumerate((keys[0], *keys)):
-        copies.start(CopyGroups(key, grant, (group,), 64))
+        copies.start(CopyGroups(key, grant, (group,), 64), slots[key], NO_READER)
     await until(lambda: len(asked) == 3)
     await asyncio.sleep(0.01)
     for ticket in tickets[:2]:  # each in a thread of its own, as a device does it

@@ -267,9 +267,9 @@ STEPS = {
     "measure": "lorax_async.sources.tensors.TensorSnapshot.measure",
     "copy": "lorax_async.sources.tensors.TensorSnapshot.copy",
     "hash": "lorax_async.sources.tensors.StagingBuffer.of",
-    "open": "lorax_async.sources.host_copies.HostCopy.open",
+    "open": "lorax_async.sources.tensors.HostCopy.open",
     "plan": "lorax_async.runtime.fetches.TransferPlanner.plan",
-    "read": "lorax_async.sources.host_copies.CopyReader.read_into",
+    "read": "lorax_async.sources.tensors.CopyReader.read_into",
     "to device": "lorax_async.devices.cpu.CpuDevice.copy",
     "exchange": "lorax_async.runtime.resolver.AssignedIds.assign",
 }
@@ -316,7 +316,7 @@ async def test_a_machine_without_memory_says_so(monkeypatch: pytest.MonkeyPatch)
     no_memory = RuntimeError("DefaultCPUAllocator: not enough memory")
     async with loader() as there:
         with monkeypatch.context() as patch:
-            patch.setattr("lorax_async.sources.host_copies.torch.empty", raising(no_memory))
+            patch.setattr("lorax_async.sources.tensors.torch.empty", raising(no_memory))
             error = await fails(give(there, 2), errors.CapacityError, "no host memory")
         assert error.id == "mine"
         assert used(there) == 0

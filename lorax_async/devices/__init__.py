@@ -6,8 +6,8 @@
 - `simulated`: an asynchronous device without hardware, for tests
 - `staging`: the ring of host buffers in which layer groups are cast and padded
 - `streams`: streams, events and errors of an accelerator, and the threads that wait for events
-- `transfer`: the copy of one layer group: read, cast, check, send
+- `transfer`: copies of layer groups: read, cast, check, send; the I/O threads that run them
 
-The package may know `planning`, `files`, `tracing` and the lifecycle's `Extent`. It knows no event
-loop, source or lease.
+The package may know `planning`, `files`, `telemetry` and the lifecycle's commands. It knows no
+source or lease, and the event loop only through an `Inbox`.
 """

@@ -1,30 +1,44 @@
-"""Copy layer groups to their extents: read, cast, check for NaN, send."""
+"""Copy layer groups to their extents, in I/O threads: read, cast, check for NaN, send."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Lock, current_thread
+from heapq import heappop, heappush
+from itertools import count
+from math import inf
+from queue import SimpleQueue
+from threading import Lock, Thread, current_thread
 from time import perf_counter
 from typing import NamedTuple
 
 import torch
 
+from lorax_async.concurrency import Inbox
 from lorax_async.devices.base import CopyTicket, Device, StagedPiece
 from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer, StagingRing, read, zero
-from lorax_async.errors import AdapterFormatError
+from lorax_async.errors import AdapterFormatError, CapacityError, LoraxError, as_lorax_error
 from lorax_async.files import Reader
+from lorax_async.lifecycle.adapter_state import SlotGrant
 from lorax_async.lifecycle.arena import Extent
+from lorax_async.lifecycle.commands import CopyGroups, WipeExtents
+from lorax_async.lifecycle.rules import COPIES_AHEAD
 from lorax_async.planning.transfer_plan import (
     GroupPlan,
     ReadMove,
     StagingWindow,
+    TransferPlan,
     VectorPlace,
     windows,
 )
 from lorax_async.telemetry import IMAGE, NO_SPAN, STREAM, Row, Span, Tracer
+from lorax_async.types import AdapterKey
+
+_logger = logging.getLogger("lorax_async")
 
 
 def _written_ranges(
@@ -287,3 +301,185 @@ class GroupTransfer:
                     f"module {self.module_names[_module_at(place, group)]!r} has NaN or infinite"
                     " weights; load it with check_finite=False if that is intended"
                 )
+
+
+# -- the I/O threads -------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class SlotCopies:
+    """The copies that fill one slot, as the I/O threads and the loop share them."""
+
+    plan: TransferPlan
+    grant: SlotGrant
+    streamed: bool = False
+    """Whether a caller may wait for single layers."""
+    copying: int = 0
+    """Runs of groups in flight; counted by `CopyThreads` under its lock."""
+    group_tickets: dict[int, CopyTicket] = field(default_factory=dict)
+    """The tickets of enqueued copies, by group; added by the I/O threads."""
+
+
+@dataclass(slots=True, eq=False)
+class CopyRun:
+    """A run of groups that one thread copies; `error` and the times are its outcome."""
+
+    command: CopyGroups
+    slot: SlotCopies
+    reader: Reader
+    image: torch.Tensor | None
+    """uint8 `[command.nbytes]` of pinned memory."""
+    started: float = 0.0
+    staging_seconds: float = 0.0
+    copy_seconds: float = 0.0
+    error: LoraxError | None = None
+
+    def group_copies(self) -> list[GroupCopy]:
+        plan, grant = self.slot.plan, self.command.grant
+        rest = (grant.slot.index, self.image, self.command.warm)
+        return [
+            GroupCopy(self.reader, plan.groups[group], plan.dtype, grant.extents[group], *rest)
+            for group in self.command.groups
+        ]
+
+
+LOW_RUNS, LOW_BYTES = COPIES_AHEAD // 2, 8 << 20
+"""In flight per thread when the threads may soon have nothing to do."""
+
+
+class CopyThreads:
+    """Runs copies, and the zeroing of failed slots, in `threads` I/O threads.
+
+    Runs that have ended come to `ended`, which is woken at the latest when `LOW_RUNS` and
+    `LOW_BYTES` for each thread are in flight. `wiped` is called once per failed slot, in any
+    thread. `images` is the page-locked memory to which the extents of commands refer.
+    """
+
+    def __init__(
+        self,
+        transfer: GroupTransfer,
+        ended: Inbox[CopyRun],
+        wiped: Callable[[AdapterKey], None],
+        *,
+        threads: int,
+        images: torch.Tensor,
+    ) -> None:
+        self._transfer = transfer
+        self._ended = ended
+        self._wiped = wiped
+        self._images = images
+        self._work: list[tuple[float, int, CopyRun | WipeExtents | None]] = []
+        """A heap: the least tag first, of equal ones the oldest."""
+        self._numbers = count()
+        self._ready: SimpleQueue[None] = SimpleQueue()
+        """One item for each of the heap; without any, threads wait for one."""
+        self._lock = Lock()
+        self._low_runs, self._low_bytes = LOW_RUNS * threads, LOW_BYTES * threads
+        self._in_flight = self._bytes_in_flight = 0
+        self._threads: list[Thread] = []
+        for number in range(threads):
+            self._start_thread(number)
+
+    def stop(self) -> None:
+        """Let the threads end after the copies that were started."""
+        for _ in self._threads:
+            self._put(inf, None)
+
+    def join(self) -> None:
+        """Wait for the threads to end. Blocks."""
+        for thread in self._threads:
+            thread.join()
+
+    def start(self, command: CopyGroups, slot: SlotCopies, reader: Reader) -> None:
+        image, memory = command.image, None
+        if image is not None:
+            memory = self._images[image.offset : image.offset + command.nbytes]
+        with self._lock:
+            self._in_flight += 1
+            self._bytes_in_flight += command.nbytes
+            slot.copying += 1
+        self._put(command.tag, CopyRun(command, slot, reader, memory))
+
+    def wipe(self, command: WipeExtents) -> None:
+        self._put(0, command)
+
+    def _put(self, tag: float, work: CopyRun | WipeExtents | None) -> None:
+        with self._lock:
+            heappush(self._work, (tag, next(self._numbers), work))
+        self._ready.put(None)
+
+    def _next(self) -> CopyRun | WipeExtents | None:
+        self._ready.get()
+        with self._lock:
+            return heappop(self._work)[2]
+
+    def _start_thread(self, number: int) -> None:
+        # A daemon: a loader that was not closed must not keep the interpreter from exiting.
+        thread = Thread(target=self._serve, name=f"lorax-io-{number}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the process has reached its limit of threads
+            self.stop()
+            self.join()
+            raise CapacityError(
+                f"I/O thread {number + 1} did not start; lower io_threads"
+            ) from error
+        self._threads.append(thread)
+
+    def _serve(self) -> None:
+        """Take work in an I/O thread. An executor's queue would cost more than a small copy."""
+        while (work := self._next()) is not None:
+            if isinstance(work, WipeExtents):
+                self._zero(work)
+            else:
+                self._run(work)
+
+    def _run(self, work: CopyRun) -> None:
+        """Start a run, in an I/O thread. Every run reaches `_end` exactly once."""
+        work.started = perf_counter()
+        try:
+            submitted = self._transfer.run(work.group_copies())
+        except BaseException as problem:  # noqa: BLE001 - becomes the run's outcome
+            self._end(work, problem)
+            return
+        work.staging_seconds = submitted.staging_seconds
+        with suppress(MemoryError):  # without the tickets, only queue_behind has to do without
+            tickets = zip(work.command.groups, submitted.tickets, strict=True)
+            work.slot.group_tickets.update(tickets)
+        submitted.joined().add_done_callback(lambda done: self._end(work, done.exception()))
+
+    def _zero(self, command: WipeExtents) -> None:
+        """Zero a failed slot, in an I/O thread.
+
+        A failure is only logged: extents are overwritten before the pointer table names them again.
+        """
+
+        def end(problem: BaseException | None) -> None:
+            if problem is not None:
+                _logger.warning("a failed slot was not zeroed: %s", problem)
+            self._wiped(command.key)
+
+        try:
+            ticket = self._transfer.device.wipe(command.grant.extents)
+        except BaseException as problem:  # noqa: BLE001 - reported like a ticket's error
+            end(problem)
+        else:
+            ticket.add_done_callback(lambda done: end(done.exception()))
+
+    def _end(self, work: CopyRun, problem: BaseException | None) -> None:
+        """Leave a run's outcome for the loop, in an I/O thread or one of the device's."""
+        if problem is not None:
+            work.error = as_lorax_error(problem, "a copy to the device failed", "copy")
+        work.copy_seconds = perf_counter() - work.started - work.staging_seconds
+        # Leave it before it is counted: the last to be counted wakes the loop for all.
+        self._ended.items.append(work)
+        slot = work.slot
+        with self._lock:
+            self._in_flight -= 1
+            self._bytes_in_flight -= work.command.nbytes
+            slot.copying -= 1
+            few = self._in_flight <= self._low_runs and self._bytes_in_flight <= self._low_bytes
+        # Waking the loop costs as much as copying half a megabyte. While the adapter has other
+        # runs in flight, and the threads have work, outcomes may gather, except of streamed ones.
+        if not slot.copying or few or slot.streamed or work.error is not None:
+            self._ended.wake()

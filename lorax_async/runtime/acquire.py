@@ -1,17 +1,18 @@
-"""Acquire adapters: from a ref to a lease within a deadline; prefetches."""
+"""Acquire adapters: from a ref, or from tensors, to a lease within a deadline; prefetches."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
-from itertools import count
-from math import inf
+from types import MappingProxyType
+
+import torch
 
 from lorax_async.cache.base import LeftoverError
+from lorax_async.concurrency import OrderedCalls, PrioritySemaphore
 from lorax_async.errors import (
     AdapterError,
     AdapterFormatError,
@@ -31,123 +32,20 @@ from lorax_async.errors import (
 )
 from lorax_async.ids import origin_of
 from lorax_async.lifecycle.adapter_state import WantedTier
-from lorax_async.runtime.digest_checks import DigestChecks, has_digest
-from lorax_async.runtime.driver import Driver
-from lorax_async.runtime.leases import Lease
-from lorax_async.runtime.prefetch import Prefetch
+from lorax_async.runtime.driver import Driver, PendingLoad
+from lorax_async.runtime.leases import DigestChecks, Lease
 from lorax_async.runtime.resolver import Resolver
-from lorax_async.runtime.waiters import PendingLoad
-from lorax_async.types import AdapterKey, AdapterRef, Ref, RemoteKey, is_stale, text_of
-
-
-class PrioritySemaphore:
-    """A semaphore of `limit` turns: the highest priority first, then the longest wait.
-
-    A turn that lasts longer than `seconds` frees its place early, for callers of origins that have
-    fewer than `limit` turns.
-    """
-
-    def __init__(self, limit: int, seconds: float = inf) -> None:
-        self._limit = limit
-        self._seconds = seconds
-        self._free = limit
-        self._order = count()
-        self._held: Counter[Hashable] = Counter()
-        self._waiting: dict[Hashable, list[tuple[int, int, asyncio.Future[None]]]] = {}
-
-    @asynccontextmanager
-    async def turn(self, priority: int, origin: Hashable = None) -> AsyncIterator[None]:
-        await self._take(priority, origin)
-        timer: asyncio.TimerHandle | None = None
-        overdue = False
-
-        def free_early() -> None:
-            nonlocal overdue
-            overdue = True
-            self._free += 1
-            self._start_next()
-
-        try:
-            if self._seconds != inf:
-                timer = asyncio.get_running_loop().call_later(self._seconds, free_early)
-            yield
-        finally:
-            if timer is not None:
-                timer.cancel()
-            self._end(origin, freed=not overdue)
-
-    async def _take(self, priority: int, origin: Hashable) -> None:
-        if self._free and self._held[origin] < self._limit:
-            self._begin(origin)
-            return
-        turn = asyncio.get_running_loop().create_future()
-        heappush(self._waiting.setdefault(origin, []), (-priority, next(self._order), turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it began in the same turn of the loop
-                self._end(origin, freed=True)
-            raise
-
-    def _begin(self, origin: Hashable) -> None:
-        self._free -= 1
-        self._held[origin] += 1
-
-    def _end(self, origin: Hashable, *, freed: bool) -> None:
-        self._free += freed
-        self._held[origin] -= 1
-        if not self._held[origin]:
-            del self._held[origin]
-        self._start_next()
-
-    def _start_next(self) -> None:
-        while self._free > 0:
-            for origin, waiting in list(self._waiting.items()):
-                while waiting and waiting[0][2].done():  # its caller was cancelled
-                    heappop(waiting)
-                if not waiting:
-                    del self._waiting[origin]
-            eligible = [origin for origin in self._waiting if self._held[origin] < self._limit]
-            if not eligible:
-                return
-            origin = min(eligible, key=lambda origin: self._waiting[origin][0][:2])
-            _, _, turn = heappop(self._waiting[origin])
-            self._begin(origin)
-            turn.set_result(None)
-
-
-class OrderedCalls:
-    """Lets calls with one name take effect in the order in which they began."""
-
-    def __init__(self) -> None:
-        self._last: dict[Hashable, asyncio.Future[None]] = {}
-
-    @contextmanager
-    def place(self, name: Hashable) -> Iterator[Callable[[], Awaitable[None]]]:
-        """Yield a function that waits until all earlier calls have left the block.
-
-        If a call leaves early, later ones still wait for its predecessors.
-        """
-        before = self._last.get(name)
-        ended = self._last[name] = asyncio.get_running_loop().create_future()
-
-        async def wait_for_turn() -> None:
-            if before is not None:
-                await asyncio.wait([before])
-
-        def end(_: object) -> None:
-            ended.set_result(None)
-            if self._last.get(name) is ended:
-                del self._last[name]
-
-        try:
-            yield wait_for_turn
-        finally:
-            if before is None or before.done():
-                end(None)
-            else:
-                before.add_done_callback(end)
-
+from lorax_async.sources.tensors import MemorySource
+from lorax_async.types import (
+    AdapterKey,
+    AdapterRef,
+    Ref,
+    RemoteKey,
+    TensorsKey,
+    expected_digest,
+    is_stale,
+    text_of,
+)
 
 MAX_PRIORITY = 1_000_000
 """The largest absolute priority: levels must stay distinct when added to seconds of waiting."""
@@ -185,19 +83,6 @@ def require_priority(priority: int) -> None:
 
 
 @dataclass(slots=True)
-class _LoadAttempts:
-    """The attempts of one call: the version and waiter of the last one.
-
-    `failed` counts those that failed because of the cache.
-    """
-
-    key: AdapterKey | None
-    waiter: PendingLoad | None = None
-    failed: int = 0
-    reloaded: bool = False
-
-
-@dataclass(slots=True)
 class PrefetchedKeys:
     """The adapters of one prefetch, none of which makes room for another.
 
@@ -208,20 +93,36 @@ class PrefetchedKeys:
     full: bool = False
 
 
+@dataclass(slots=True)
+class _LoadCall:
+    """A call of `acquire`, with the version and the waiter of its last attempt.
+
+    `known` is the key of the ref if no source has to be asked for it. `failed` counts the attempts
+    that failed because of the cache.
+    """
+
+    ref: Ref
+    tier: WantedTier
+    priority: int
+    siblings: PrefetchedKeys | None
+    preempts: bool
+    known: AdapterKey | None
+    key: AdapterKey | None = None
+    waiter: PendingLoad | None = None
+    failed: int = 0
+    reloaded: bool = False
+
+
+@dataclass(eq=False)
 class Acquirer:
     """Acquires leases within deadlines; `check_open` raises once the loader is closing."""
 
-    def __init__(
-        self,
-        resolver: Resolver,
-        driver: Driver,
-        digests: DigestChecks,
-        check_open: Callable[[], None],
-    ) -> None:
-        self._resolver = resolver
-        self._driver = driver
-        self._digests = digests
-        self._check_open = check_open
+    resolver: Resolver
+    driver: Driver
+    digests: DigestChecks
+    check_open: Callable[[], None]
+
+    def __post_init__(self) -> None:
         self._turns = PrioritySemaphore(BACKGROUND, BACKGROUND_SECONDS)
         self._prefetching: set[asyncio.Task[None]] = set()
 
@@ -245,21 +146,15 @@ class Acquirer:
         name = "stream" if tier is WantedTier.STREAM else "load"
         if siblings is not None:
             name = f"prefetch to {tier.name.lower()}"
-        with self._driver.telemetry.tracer.span("requests", None, name, ref) as span:
+        with self.driver.telemetry.tracer.span("requests", None, name, ref) as span:
             try:
-                key = self._known_key(ref) if siblings is None else None
+                known = self._known_key(ref) if siblings is None else None
                 lease = None
-                if key is not None and tier >= WantedTier.STREAM:
-                    lease = self._driver.waiter_table.lease_resident(key)
+                if known is not None and tier >= WantedTier.STREAM:
+                    lease = self.driver.waiter_table.lease_resident(known)
                 if lease is None:
-                    if tier is WantedTier.STREAM and has_digest(ref):
-                        tier = WantedTier.DEVICE  # it is compared before the first lease
-                    lease = await self._acquire(
-                        *(ref, key, tier, seconds),
-                        priority=priority,
-                        siblings=siblings,
-                        preempts=preempts,
-                    )
+                    call = _LoadCall(ref, tier, priority, siblings, preempts, known)
+                    lease = await self._acquire(call, seconds)
             except BaseException as error:
                 span.set(**_outcome_of(error))
                 raise
@@ -273,50 +168,37 @@ class Acquirer:
         plain = isinstance(ref, AdapterRef) and ref.digest is None and not ref.allow_stale
         if not (plain or isinstance(ref, AdapterKey)):
             return None
-        key = self._resolver.recent(ref, look=True)
+        key = self.resolver.recent(ref, look=True)
         return None if key is None or is_stale(key) else key
 
-    async def _acquire(
-        self,
-        ref: Ref,
-        known: AdapterKey | None,
-        tier: WantedTier,
-        seconds: float,
-        *,
-        priority: int,
-        siblings: PrefetchedKeys | None,
-        preempts: bool,
-    ) -> Lease | None:
-        """Acquire through a waiter. A `known` key of local files is resolved only for a retry."""
-        attempts = _LoadAttempts(ref if isinstance(ref, AdapterKey) else None)
+    async def _acquire(self, call: _LoadCall, seconds: float) -> Lease | None:
+        """Acquire through a waiter. A known key of local files is resolved only for a retry."""
+        ref, granted = call.ref, False
+        if isinstance(ref, AdapterKey):
+            call.key = ref
+        if call.tier is WantedTier.STREAM and expected_digest(ref) is not None:
+            call.tier = WantedTier.DEVICE  # it is compared before the first lease
         lease: Lease | None = None
-        granted = False
         deadline = asyncio.timeout(seconds)
         try:
             async with deadline:
                 while not granted:
-                    if siblings is None:
-                        await self._begin(attempts, ref, known, tier, priority, preempts=preempts)
-                    else:
-                        await self._begin_prefetch(attempts, ref, tier, priority, siblings)
-                    assert attempts.key is not None
-                    assert attempts.waiter is not None
+                    begin = self._begin if call.siblings is None else self._begin_prefetch
+                    pending_load = await begin(call)
                     try:
-                        lease = await self._wait_for_lease(attempts.waiter, tier)
+                        lease = await self._wait_for_lease(pending_load, call.tier)
                         granted = True
                     except AdapterError as error:
-                        self._driver.waiter_table.abandon(attempts.waiter)
-                        await self._require_retry(attempts, ref, attempts.key, error)
-                assert attempts.key is not None
-                await self._compare_digest(ref, attempts.key, lease)
+                        self.driver.waiter_table.abandon(pending_load)
+                        await self._require_retry(call, pending_load.key, error)
+                await self._compare_digest(ref, pending_load.key, lease)
                 return lease
         except BaseException as error:
-            late = deadline.expired() and isinstance(error, TimeoutError)
             problem: BaseException = error
-            if late:
-                problem = self._timeout_error(ref, attempts.key, seconds, granted=granted)
-            if attempts.waiter is not None:
-                self._driver.waiter_table.abandon(attempts.waiter)
+            if deadline.expired() and isinstance(error, TimeoutError):
+                problem = self._timeout_error(ref, call.key, seconds, granted=granted)
+            if call.waiter is not None:
+                self.driver.waiter_table.abandon(call.waiter)
             if isinstance(problem, LoraxError):
                 raise problem.located(id=text_of(ref)) from problem.__cause__
             if isinstance(problem, Exception):
@@ -324,82 +206,63 @@ class Acquirer:
                 raise failed from problem
             raise
 
-    async def _begin(
-        self,
-        attempts: _LoadAttempts,
-        ref: Ref,
-        known: AdapterKey | None,
-        tier: WantedTier,
-        priority: int,
-        *,
-        siblings: PrefetchedKeys | None = None,
-        preempts: bool = True,
-    ) -> None:
+    async def _begin(self, call: _LoadCall) -> PendingLoad:
         """Resolve the ref and add its waiter."""
-        first = attempts.waiter is None
-        key = known if known is not None and known.files and first else None
-        if key is None:
-            key = await self._resolver.resolve(ref)
-        self._check_open()  # closing fails only waiters that exist
-        waiter_table = self._driver.waiter_table
-        attempts.key = key
-        attempts.waiter = waiter_table.begin(
+        key, call.known = call.known, None
+        if key is None or not key.files:
+            key = await self.resolver.resolve(call.ref)
+        self.check_open()  # closing fails only waiters that exist
+        call.key = key
+        call.waiter = self.driver.waiter_table.begin(
             key,
-            tier,
-            foreground=siblings is None,
-            priority=priority,
-            beside=() if siblings is None else siblings.keys,
-            preempts=preempts,
+            call.tier,
+            foreground=call.siblings is None,
+            priority=call.priority,
+            beside=() if call.siblings is None else call.siblings.keys,
+            preempts=call.preempts,
         )
+        return call.waiter
 
-    async def _begin_prefetch(
-        self,
-        attempts: _LoadAttempts,
-        ref: Ref,
-        tier: WantedTier,
-        priority: int,
-        siblings: PrefetchedKeys,
-    ) -> None:
+    async def _begin_prefetch(self, call: _LoadCall) -> PendingLoad:
         """Add the waiter of a prefetch, and wait until it is opened."""
+        assert call.siblings is not None
         # The threads' queues are FIFO: a load must not queue behind thousands of prefetches.
-        async with self._turns.turn(priority, origin_of(ref)):
-            if siblings.full and not self._has_slot(ref):
+        async with self._turns.turn(call.priority, origin_of(call.ref)):
+            if call.siblings.full and not self._has_slot(call.ref):
                 raise CapacityError("earlier adapters of its prefetch take all the room")
-            await self._begin(attempts, ref, None, tier, priority, siblings=siblings)
-            assert attempts.key is not None
-            siblings.keys.add(attempts.key)
-            await self._driver.files.opened(attempts.key)
+            pending_load = await self._begin(call)
+            call.siblings.keys.add(pending_load.key)
+            await self.driver.files.opened(pending_load.key)
+            return pending_load
 
     def _has_slot(self, ref: Ref) -> bool:
-        key = self._resolver.known(ref)
-        return key is not None and key in self._driver.lease_table.occupancies
+        key = self.resolver.known(ref)
+        return key is not None and key in self.driver.lease_table.occupancies
 
-    async def _require_retry(
-        self, attempts: _LoadAttempts, ref: Ref, key: AdapterKey, error: AdapterError
-    ) -> None:
-        """Raise the error unless the adapter was evicted, or `ref` means another version now."""
+    async def _require_retry(self, call: _LoadCall, key: AdapterKey, error: AdapterError) -> None:
+        """Raise the error unless the adapter was evicted, or its ref means another version now."""
         if isinstance(error, EvictedError | LeftoverError):
-            attempts.failed += 1
-            if attempts.failed < MAX_ATTEMPTS:
+            call.failed += 1
+            if call.failed < MAX_ATTEMPTS:
                 return
-        if self._resolver.is_outdated(ref, key):
+        if self.resolver.is_outdated(call.ref, key):
             return
-        if not await self._is_changed(ref, key, error):
+        if not await self._is_changed(call.ref, key, error):
             raise error
-        if attempts.reloaded:
+        if call.reloaded:
             raise SavedDuringLoadError(
                 f"it was saved while it was loaded, and again during the retry: {error.problem};"
                 " save to a new folder and rename it into place",
                 stage=error.stage,
             ) from None
-        attempts.reloaded = True
+        call.reloaded = True
 
     async def _is_changed(self, ref: Ref, key: AdapterKey, error: LoraxError) -> bool:
         """Return whether `ref` means other local files now, and `error` may result from that."""
         local = bool(key.files) and not isinstance(key, RemoteKey) and ref != key
         if not local or not isinstance(error, _ERRORS_OF_CHANGED_FILES):
             return False
-        return await self._resolver.resolve(ref) != key
+        return await self.resolver.resolve(ref) != key
 
     async def _wait_for_lease(self, pending_load: PendingLoad, tier: WantedTier) -> Lease | None:
         """Wait for the lease; raise a `FetchError` if a streamed file has left the cache.
@@ -413,7 +276,7 @@ class Acquirer:
         streamed = tier is WantedTier.STREAM and isinstance(pending_load.key, RemoteKey)
         if lease is not None and streamed and not lease.occupancy.complete:
             try:
-                await self._driver.files.require_readable(pending_load.key)
+                await self.driver.files.require_readable(pending_load.key)
             except FetchError:
                 # Also raised if the file was read to its end, and its reader closed, so let the
                 # copies decide. Until they have failed, the lifecycle takes the file for present
@@ -424,22 +287,22 @@ class Acquirer:
     async def _compare_digest(self, ref: Ref, key: AdapterKey, lease: Lease | None) -> None:
         try:
             if lease is not None:
-                await self._digests.require(ref, key, lease)
+                await self.digests.require(ref, key, lease)
             else:
-                known = self._driver.files.verifications.get(key)
-                await self._digests.compare(ref, key, known)
+                known = self.driver.files.verifications.get(key)
+                await self.digests.compare(ref, key, known)
         except LoraxError as error:
-            story = self._driver.telemetry.story(key)
+            story = self.driver.telemetry.story(key)
             raise error.located(key=key, story=story) from error.__cause__
 
     def try_lease(self, ref: Ref) -> Lease | None:
         """Return a lease if `ref` was resolved lately and its adapter is resident. No I/O."""
-        key = self._resolver.recent(ref)
-        lease = self._driver.lease_table.try_lease(key) if key is not None else None
+        key = self.resolver.recent(ref)
+        lease = self.driver.lease_table.try_lease(key) if key is not None else None
         if key is None or lease is None:
             return None
-        self._driver.telemetry.hits["device"] += 1
-        if not self._digests.agrees(ref, key, lease.occupancy.verification):
+        self.driver.telemetry.hits["device"] += 1
+        if not self.digests.agrees(ref, key, lease.occupancy.verification):
             lease.end()
             return None
         lease.stale = is_stale(key)
@@ -460,8 +323,8 @@ class Acquirer:
             lease = await self.lease(ref, WantedTier.DEVICE, left, priority=priority)
             lease.id = text_of(ref)
             try:
-                if not self._resolver.is_outdated(ref, lease.occupancy.key):
-                    pinned = self._driver.pins.pin(ref, lease)
+                if not self.resolver.is_outdated(ref, lease.occupancy.key):
+                    pinned = self.driver.pins.pin(ref, lease)
             finally:
                 lease.end()
 
@@ -495,7 +358,7 @@ class Acquirer:
         self, ref: Ref, key: AdapterKey | None, seconds: float, *, granted: bool
     ) -> AdapterTimeoutError:
         """Return the error with the adapter's stage now. Call before the waiter is withdrawn."""
-        driver = self._driver
+        driver = self.driver
         stage: Stage = "resolve" if key is None else driver.lifecycle.stage(key)
         life = None if key is None else driver.lifecycle.states.get(key)
         queued = stage == "queue" and life is not None and life.wants_slot
@@ -511,7 +374,7 @@ class Acquirer:
 
     def _describe_holders(self) -> str:
         """Say who holds the slots, and what to raise."""
-        driver = self._driver
+        driver = self.driver
         device, states = driver.lifecycle.budgets.device, driver.lifecycle.states
         held: list[str] = []
         for key in driver.lease_table.occupancies:
@@ -537,3 +400,201 @@ def _outcome_of(error: BaseException) -> dict[str, object]:
     if isinstance(error, LoraxError):
         return {"outcome": type(error).__name__, "stage": error.stage}
     return {"outcome": "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"}
+
+
+# -- prefetches ------------------------------------------------------------------------------------
+
+STARTS_PER_TURN = 8
+"""Loads started in one turn of the loop: thousands of ids must not block it."""
+
+
+class Prefetch:
+    """The loads started by `AdapterLoader.prefetch`. They need not be awaited.
+
+    Awaiting a prefetch waits until every adapter is at its tier, has failed, was cancelled or left
+    out, and then raises the first error in the order of the ids. Cancelling the awaiting task does
+    not cancel the prefetch.
+    """
+
+    def __init__(
+        self, refs: Sequence[Ref], load: Callable[[Ref], Coroutine[None, None, bool]]
+    ) -> None:
+        """Start `load` for each ref; it returns False if the adapter does not fit."""
+        self._refs = refs
+        self._load = load
+        self._tasks: list[asyncio.Task[bool]] = []
+        self._cancelled = False
+        self.task = asyncio.get_running_loop().create_task(self._run(), name="lorax prefetch")
+        """Done when all loads are."""
+
+    @property
+    def done(self) -> bool:
+        """Whether all loads have ended."""
+        started = self._cancelled or len(self._tasks) == len(self._refs)
+        return started and all(task.done() for task in self._tasks)
+
+    @property
+    def errors(self) -> Mapping[str, LoraxError]:
+        """The errors so far, by id."""
+        errors: dict[str, LoraxError] = {}
+        for ref, task in zip(self._refs, self._tasks, strict=False):
+            error = task.exception() if task.done() and not task.cancelled() else None
+            if isinstance(error, LoraxError):
+                errors[text_of(ref)] = error
+        return MappingProxyType(errors)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The ids so far that do not fit beside those before them, in order."""
+        pairs = zip(self._refs, self._tasks, strict=False)
+        return tuple(text_of(ref) for ref, task in pairs if _is_left_out(task))
+
+    def cancel(self) -> None:
+        """Cancel the loads that have not ended; other calls for the same adapters go on."""
+        self._cancelled = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number, ref in enumerate(self._refs, 1):
+            if self._cancelled:
+                break
+            task = loop.create_task(self._load(ref), name=f"lorax prefetch {text_of(ref)}")
+            task.add_done_callback(_retrieve_error)
+            self._tasks.append(task)
+            if number % STARTS_PER_TURN == 0:
+                await asyncio.sleep(0)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def __await__(self) -> Generator[object, None, None]:
+        yield from asyncio.wait([self.task]).__await__()
+        for error in self.errors.values():
+            raise error
+
+    def __repr__(self) -> str:
+        left_out = len(self.left_out)
+        done = sum(task.done() for task in self._tasks) - left_out
+        more = f", {left_out} left out" if left_out else ""
+        return f"<Prefetch of {len(self._refs)} adapters, {done} of them done{more}>"
+
+
+def _is_left_out(task: asyncio.Task[bool]) -> bool:
+    return task.done() and not task.cancelled() and not task.exception() and not task.result()
+
+
+def _retrieve_error(task: asyncio.Task[bool]) -> None:
+    """Retrieve a task's error, which asyncio would log: a prefetch need not be awaited."""
+    if not task.cancelled():
+        task.exception()
+
+
+# -- ids that mean tensors -------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class TensorAdapters:
+    """Assigns ids to tensors, and unassigns them.
+
+    The host copy in `source` is kept while an id is assigned to it, a call loads it, or the adapter
+    has waiters, leases or pins. `check_open` raises once the loader is closing.
+    """
+
+    source: MemorySource
+    resolver: Resolver
+    acquiring: Acquirer
+    driver: Driver
+    check_open: Callable[[], None]
+    _order: OrderedCalls = field(default_factory=OrderedCalls, init=False)
+    _calls: Counter[AdapterKey] = field(default_factory=Counter, init=False)
+
+    async def load(
+        self,
+        ref: AdapterRef,
+        tensors: Mapping[str, torch.Tensor],
+        config: bytes,
+        seconds: float,
+        *,
+        priority: int,
+        replaces: bool,
+    ) -> Lease:
+        """Load the tensors, assign `ref` to them, and return a lease.
+
+        Raise `UsageError` if `ref` is assigned to other tensors, unless `replaces`. On an error or
+        a cancellation the assignment does not change.
+        """
+        require_priority(priority)
+        deadline = asyncio.get_running_loop().time() + seconds
+        stage: Stage = "fetch"
+        limit = asyncio.timeout_at(deadline)
+        try:
+            with self._order.enter(ref) as turn, ExitStack() as kept:
+                async with limit:
+                    key = await self.source.take(tensors, config, self.check_open)
+                    kept.enter_context(self._keep(key))
+                    stage = "queue"
+                    await turn
+                assigned = self.resolver.names.get(ref)
+                if assigned is not None and assigned != key and not replaces:
+                    raise UsageError(
+                        "the name means other tensors already; replace them with `replace`, unload"
+                        " them first, or choose another name"
+                    )
+                return await self._load_and_assign(ref, key, deadline, priority)
+        except Exception as error:  # noqa: BLE001 - raised below, without frames
+            problem = as_lorax_error(error.with_traceback(None), "tensors were not loaded")
+            if isinstance(error, TimeoutError) and limit.expired():
+                problem = AdapterTimeoutError(f"it was not ready within {seconds:g} s", stage=stage)
+        raise problem.located(id=ref.text)  # its original frames refer to the bytes
+
+    def unassign(self, ref: Ref, key: AdapterKey) -> None:
+        """Remove the assignment of `ref` to `key`, after `key` was unloaded by it."""
+        self.resolver.names.unassign(ref, key)
+        if isinstance(key, TensorsKey):
+            self._unload_if_unassigned(key)
+
+    async def _load_and_assign(
+        self, ref: AdapterRef, key: AdapterKey, deadline: float, priority: int
+    ) -> Lease:
+        clock = asyncio.get_running_loop().time
+        while True:  # an adapter that must go cannot be pinned: load it again
+            left = max(0.0, deadline - clock())
+            lease = await self.acquiring.lease(key, WantedTier.DEVICE, left, priority=priority)
+            with ExitStack() as failing:
+                failing.callback(lease.end)
+                if self._assign(ref, key, lease):
+                    failing.pop_all()
+                    return lease
+
+    def _assign(self, ref: AdapterRef, key: AdapterKey, lease: Lease) -> bool:
+        """Move the id and its pins in one step; return False if the new version must go."""
+        pins = self.driver.pins
+        names = [name for name in pins.names if self.resolver.names.covers(ref, name)]
+        if not all(pins.pin(name, lease) for name in names):
+            return False
+        before = self.resolver.known(ref)
+        self.resolver.names.assign(ref, key)
+        if before is not None and before != key:
+            self._unload_if_unassigned(before)
+        return True
+
+    @contextmanager
+    def _keep(self, key: AdapterKey) -> Iterator[None]:
+        self._calls[key] += 1
+        self.driver.keep(key)
+        try:
+            yield
+        finally:
+            self._calls -= Counter([key])  # keeps positive counts only
+            self._unload_if_unassigned(key)
+
+    def _unload_if_unassigned(self, key: AdapterKey) -> None:
+        """Unload the adapter once it is idle, unless an id is assigned to it or a call loads it."""
+        if not self.resolver.names.has_id(key) and key not in self._calls:
+            self.driver.unload_when_idle(key, self._forget)
+
+    def _forget(self, key: AdapterKey) -> None:
+        if isinstance(key, TensorsKey):
+            self.driver.forget(key)
+            self.source.copies.drop(key)

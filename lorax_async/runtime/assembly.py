@@ -25,17 +25,15 @@ from lorax_async.lifecycle.rules import COPIES_AHEAD, RUN_BYTES, LifecycleTimes
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.sharding import Sharding
 from lorax_async.remote.remote_source import make_remote_source
-from lorax_async.runtime.acquire import Acquirer
-from lorax_async.runtime.digest_checks import DigestChecks
+from lorax_async.runtime.acquire import Acquirer, TensorAdapters
 from lorax_async.runtime.driver import Driver
 from lorax_async.runtime.fetches import TransferPlanner
 from lorax_async.runtime.folders import FolderLeases
+from lorax_async.runtime.leases import DigestChecks
 from lorax_async.runtime.resolver import Resolver
-from lorax_async.runtime.tensor_adapters import TensorAdapters
 from lorax_async.sources.base import Source, SourceRouter
-from lorax_async.sources.host_copies import HostCopies
 from lorax_async.sources.local import LocalSource
-from lorax_async.sources.tensors import MemorySource
+from lorax_async.sources.tensors import HostCopies, MemorySource
 from lorax_async.telemetry import Budget, Statistics, Telemetry, Tracer, Usage
 
 MOVE_BYTES = 4 << 20
@@ -129,7 +127,6 @@ class Assembly:
             loop = asyncio.get_running_loop()
             staging, images = await loop.run_in_executor(store.threads, self._allocate_memory)
             self.driver = self._make_driver(staging, images)
-            self.driver.waiter_table.in_memory = self.copies.in_memory
             self.acquiring = Acquirer(store.resolver, self.driver, store.digests, check_open)
             self.tensor_adapters = TensorAdapters(
                 self._memory, store.resolver, self.acquiring, self.driver, check_open

@@ -1,7 +1,7 @@
 """The driver: executes the lifecycle's commands and returns their outcomes to it.
 
-Commands become tasks (`FetchTasks`), copies in I/O threads (`CopyThreads`), and results for waiters
-(`WaiterTable`) and leases (`LeaseTable`). An unexpected exception fails its adapter with
+Commands become tasks (`FetchTasks`), copies in I/O threads (`CopyThreads`), and results for calls
+that wait (`WaiterTable`) and leases (`LeaseTable`). An unexpected exception fails its adapter with
 `InternalError`; it never reaches the embedding program.
 """
 
@@ -10,19 +10,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Executor
 from functools import partial
+from itertools import count
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lorax_async.concurrency import Inbox, running_loop
 from lorax_async.devices.base import Device
-from lorax_async.devices.transfer import GroupTransfer
+from lorax_async.devices.transfer import CopyRun, CopyThreads, GroupTransfer
 from lorax_async.errors import (
     AdapterFormatError,
+    AdapterInUseError,
+    AdapterTimeoutError,
     FetchError,
     InternalError,
     LoraxError,
@@ -32,6 +35,7 @@ from lorax_async.events import (
     BytesMoved,
     Event,
     Failed,
+    Hit,
     LayerReady,
     Leaving,
     Resident,
@@ -40,16 +44,14 @@ from lorax_async.events import (
     SlotId,
 )
 from lorax_async.lifecycle import commands
-from lorax_async.lifecycle.adapter_state import FileState
+from lorax_async.lifecycle.adapter_state import FileState, SlotGrant, SlotState, Waiter, WantedTier
 from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
-from lorax_async.runtime.copies import CopyJob, CopyThreads
 from lorax_async.runtime.fetches import FetchTasks, Outcome, TransferPlanner
 from lorax_async.runtime.leases import Lease, LeaseTable, PinTable
-from lorax_async.runtime.waiters import WaiterTable
 from lorax_async.sources.base import Source
 from lorax_async.telemetry import Telemetry
-from lorax_async.types import AdapterKey
+from lorax_async.types import AdapterKey, TensorsKey
 
 UnloadCallback = Callable[[AdapterKey], None]
 """Called once the adapter has left device and host memory."""
@@ -83,33 +85,22 @@ class Driver:
         self.telemetry = telemetry
         self.lease_table = LeaseTable(lifecycle, num_layers, self._lease_ended, self._lease_quiet)
         self.files = FetchTasks(
-            source,
-            planner,
-            metadata_threads,
-            lifecycle,
-            self.lease_table,
-            self.telemetry,
-            self._decide,
+            source=source,
+            planner=planner,
+            threads=metadata_threads,
+            lifecycle=lifecycle,
+            telemetry=telemetry,
+            decide=self._decide,
+            verified=self.lease_table.verified,
             before_use=before_use,
         )
-        self.waiter_table = WaiterTable(
-            lifecycle,
-            self.lease_table,
-            self.telemetry,
-            self._collect_and_execute,
-            self.files.raise_priority,
-        )
-        self.pins = PinTable(lifecycle, self._collect_and_execute)
+        self.waiter_table = WaiterTable(self)
+        self.pins = PinTable(lifecycle, self.execute)
         self._loop = asyncio.get_running_loop()
         self._inbox: Inbox[Callable[[], None]] = Inbox(self._loop, self._report)
+        self._copied: Inbox[CopyRun] = Inbox(self._loop, self._run_ended)
         self._copies = CopyThreads(
-            self.files,
-            self.lease_table,
-            transfer,
-            self._copied,
-            self._wiped,
-            threads=io_threads,
-            images=images,
+            transfer, self._copied, self._wiped, threads=io_threads, images=images
         )
         self._commands: deque[Command] = deque()
         self._executing = self._reporting = self._unloading = False
@@ -203,19 +194,24 @@ class Driver:
         else:
             self._execute(decided)
 
-    def _copied(self, jobs: list[CopyJob]) -> None:
-        """Report runs of one grant that ended, or one that failed."""
-        copies, error = [job.command for job in jobs], jobs[0].error
+    def _run_ended(self, run: CopyRun) -> None:
+        """Report a run of groups that ended, with those of its slot that are next in the inbox."""
+        runs, following = [run], self._copied.items
+        while run.error is None and following and following[0].slot is run.slot:
+            if following[0].error is not None:
+                break
+            runs.append(following.popleft())
+        copies, error = [run.command for run in runs], run.error
         key, slot = copies[0].key, copies[0].grant.slot
-        staging_seconds = sum([job.staging_seconds for job in jobs])
-        copy_seconds = sum([job.copy_seconds for job in jobs])
+        staging_seconds = sum([run.staging_seconds for run in runs])
+        copy_seconds = sum([run.copy_seconds for run in runs])
         self.lifecycle.note_time(self._loop.time())
         self.telemetry.add_time("stage", staging_seconds)
         self.telemetry.add_time("copy", copy_seconds)
         if error is None:
             nbytes = sum([copy.nbytes for copy in copies])
             groups = [group for copy in copies for group in copy.groups]
-            converted = jobs[0].occupancy.plan.converted_bytes
+            converted = run.slot.plan.converted_bytes
             self.telemetry.add_bytes("stage", sum(map(converted.__getitem__, groups)))
             self.telemetry.add_bytes("copy", nbytes)
             if self.telemetry.has_subscribers:
@@ -264,10 +260,10 @@ class Driver:
 
     # -- commands ---------------------------------------------------------------------------------
 
-    def _collect_and_execute(self, decided: list[Command]) -> None:
+    def execute(self, decided: list[Command]) -> None:
         """Execute a caller's commands, and take the copies that ended, which may serve it."""
         self._execute(decided)
-        self._copies.take_outcomes()
+        self._copied.take()
 
     def _execute(self, decided: list[Command]) -> None:
         """Execute commands in order; those that a subscriber causes meanwhile come after them."""
@@ -310,7 +306,9 @@ class Driver:
         key = command.key
         match command:
             case commands.CopyGroups():
-                self._copies.start(command)
+                self._copies.start(
+                    command, self.lease_table.occupancies[key], self.files.reader(key)
+                )
             case commands.NotifyReady():
                 self._notify_ready(command)
             case commands.ServeWaiter():
@@ -428,3 +426,137 @@ class Driver:
     def _tick(self) -> None:
         self._alarm = self._due = None
         self._execute(self.lifecycle.tick(self._loop.time()))
+
+
+# -- calls that wait -------------------------------------------------------------------------------
+
+
+class PendingLoad(NamedTuple):
+    """One waiter for an adapter; `future` resolves to its lease, or None for a prefetch."""
+
+    key: AdapterKey
+    waiter: int
+    future: asyncio.Future[Lease | None]
+
+
+class WaiterTable:
+    """The calls that wait: for an adapter to reach a tier, or to leave the device. On the loop."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._numbers = count(1)
+        self._loads: dict[int, asyncio.Future[Lease | None]] = {}
+        self._unloads: dict[AdapterKey, list[asyncio.Future[None]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._loads)
+
+    def begin(
+        self,
+        key: AdapterKey,
+        tier: WantedTier,
+        *,
+        foreground: bool = True,
+        priority: int = 0,
+        beside: Collection[AdapterKey] = (),
+        preempts: bool = True,
+    ) -> PendingLoad:
+        """Add a waiter for the adapter at `tier`; await its future, or `abandon` it."""
+        driver, loop = self._driver, asyncio.get_running_loop()
+        hit = self._nearest_tier(key) if foreground else None
+        pending = PendingLoad(key, next(self._numbers), loop.create_future())
+        self._loads[pending.waiter] = pending.future
+        waiter = Waiter(pending.waiter, tier, loop.time(), foreground, priority, beside, preempts)
+        driver.execute(driver.lifecycle.want(key, waiter))
+        if hit is not None:
+            driver.files.raise_priority(key)
+            state = driver.lifecycle.states.get(key)
+            filling = state is not None and state.slot is SlotState.FILLING
+            stage = "copy" if filling else driver.lifecycle.stage(key)
+            driver.telemetry.count_hit(key, hit, stage)
+        return pending
+
+    def lease_resident(self, key: AdapterKey) -> Lease | None:
+        """Return a lease without waiting if the adapter is resident now, else None."""
+        lease = self._driver.lease_table.try_lease(key)
+        if lease is not None:
+            self._driver.files.raise_priority(key)
+            self._driver.telemetry.count_hit(key, "device", "ready")
+        return lease
+
+    def _nearest_tier(self, key: AdapterKey) -> Hit:
+        state = self._driver.lifecycle.states.get(key)
+        if state is not None and state.slot is SlotState.RESIDENT and not state.departing:
+            return "device"
+        if isinstance(key, TensorsKey) or (state is not None and state.in_host):
+            return "host"
+        return "disk" if state is not None and state.file is FileState.PRESENT else "source"
+
+    def abandon(self, pending: PendingLoad) -> None:
+        """Withdraw the waiter, and end its lease if it got one. Idempotent."""
+        self._loads.pop(pending.waiter, None)
+        self._driver.execute(self._driver.lifecycle.withdraw(pending.key, pending.waiter))
+        future = pending.future
+        if future.done() and not future.cancelled() and future.exception() is None:
+            lease = future.result()
+            if lease is not None:
+                lease.end()
+
+    def serve(self, key: AdapterKey, waiter: int, grant: SlotGrant | None) -> None:
+        """Give a waiter its lease, or None without `grant`; end the lease if it was cancelled."""
+        lease = self._driver.lease_table.new_lease(key) if grant is not None else None
+        future = self._loads.pop(waiter, None)
+        if future is not None and not future.done():
+            future.set_result(lease)
+        elif lease is not None:
+            lease.end()
+
+    def fail(self, waiters: Iterable[int], error: LoraxError) -> None:
+        for waiter in waiters:
+            future = self._loads.pop(waiter, None)
+            if future is not None and not future.done():
+                future.set_exception(error.located())
+                future.exception()  # a cancelled waiter does not retrieve it
+
+    async def unload(self, key: AdapterKey, seconds: float) -> None:
+        """Wait at most `seconds` until the adapter has left device and host memory.
+
+        Raise `AdapterInUseError` if it is still leased then, `AdapterTimeoutError` if it is busy
+        otherwise; it stays in both cases.
+        """
+        gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unloads.setdefault(key, []).append(gone)
+        self._driver.execute(self._driver.lifecycle.unload(key))
+        try:
+            async with asyncio.timeout(seconds):
+                await gone
+        except TimeoutError:
+            if gone.cancelled():  # else the unload ended in the same turn of the loop
+                raise self._unload_error(key, seconds) from None
+        finally:
+            waiting = self._unloads.get(key, [])
+            if gone in waiting:
+                waiting.remove(gone)
+                if not waiting:
+                    del self._unloads[key]
+                self._driver.execute(self._driver.lifecycle.withdraw_unload(key))
+
+    def unloaded(self, key: AdapterKey) -> None:
+        """Return from all calls of `unload`."""
+        for gone in self._unloads.pop(key, ()):
+            if not gone.done():
+                gone.set_result(None)
+
+    def _unload_error(self, key: AdapterKey, seconds: float) -> LoraxError:
+        leases = self._driver.lease_table.leases.get(key, ())
+        holders = sorted(lease.holder or "no task" for lease in leases)
+        if not holders:
+            problem = (
+                f"it was not unloaded within {seconds:g} s: copies, kernels or holds have not ended"
+            )
+            return AdapterTimeoutError(problem, key=key, stage="ready")
+        return AdapterInUseError(
+            f"leases still held after {seconds:g} s: {len(holders)}, by {', '.join(holders)};"
+            " release them, or unload with a longer timeout",
+            key=key,
+        )

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from time import monotonic
 from typing import NamedTuple
@@ -23,7 +24,6 @@ from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
 from lorax_async.planning.sharding import Sharding
 from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
-from lorax_async.runtime.leases import LeaseTable
 from lorax_async.sources.base import AdapterFile, PinnedPages, RefusalCallback, Source
 from lorax_async.telemetry import Telemetry
 from lorax_async.types import AdapterKey, RemoteKey, Verification
@@ -103,37 +103,29 @@ class _RunningFetch(NamedTuple):
     opened: asyncio.Event
 
 
+@dataclass(eq=False, kw_only=True)
 class FetchTasks:
     """Runs one task per fetch, populate and release; each ends with exactly one outcome.
 
-    `decide` is called on the loop with an adapter and an outcome. `threads` parse large headers.
-    With `before_use`, no group is reported before the whole file was checked. Only `stop` cancels
-    tasks; a fetch without demand is ended by its fetch control.
+    `threads` parse large headers. `decide` is called on the loop with an adapter and an outcome,
+    `verified` before the outcome of a fetch that checked all bytes. With `before_use`, no group is
+    reported before that. Only `stop` cancels tasks; a fetch without demand is ended by its fetch
+    control.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        planner: TransferPlanner,
-        threads: Executor,
-        lifecycle: Lifecycle,
-        lease_table: LeaseTable,
-        telemetry: Telemetry,
-        decide: Callable[[AdapterKey, Outcome], None],
-        *,
-        before_use: bool = False,
-    ) -> None:
+    source: Source
+    planner: TransferPlanner
+    threads: Executor
+    lifecycle: Lifecycle
+    telemetry: Telemetry
+    decide: Callable[[AdapterKey, Outcome], None]
+    verified: Callable[[AdapterKey, Verification], None]
+    before_use: bool
+
+    def __post_init__(self) -> None:
         self.plans: dict[AdapterKey, TransferPlan] = {}
         self.holds: dict[AdapterKey, PinnedPages] = {}
         self.verifications: dict[AdapterKey, Verification] = {}
-        self._source = source
-        self._planner = planner
-        self._threads = threads
-        self._lifecycle = lifecycle
-        self._lease_table = lease_table
-        self._telemetry = telemetry
-        self._decide = decide
-        self._before_use = before_use
         self._readers: dict[AdapterKey, Reader] = {}
         self._refusals: dict[AdapterKey, RefusalCallback] = {}
         self._running: dict[AdapterKey, _RunningFetch] = {}
@@ -185,7 +177,7 @@ class FetchTasks:
         """Return the reader of `key`; reopen it if it was closed."""
         reader = self._readers.get(key)
         if reader is None:
-            reader = self._readers[key] = self._source.reopen(key)
+            reader = self._readers[key] = self.source.reopen(key)
         return reader
 
     async def require_readable(self, key: AdapterKey) -> None:
@@ -194,7 +186,7 @@ class FetchTasks:
         Raise `EvictedError` if it was evicted.
         """
         loop, reader = asyncio.get_running_loop(), self.reader(key)
-        await loop.run_in_executor(self._threads, lambda: reader.nbytes)
+        await loop.run_in_executor(self.threads, lambda: reader.nbytes)
 
     def close_reader(self, key: AdapterKey) -> None:
         reader = self._readers.pop(key, None)
@@ -203,7 +195,7 @@ class FetchTasks:
 
     def close_idle_reader(self, key: AdapterKey) -> None:
         """Close the reader unless bytes are being read: file descriptors are scarce."""
-        life = self._lifecycle.states.get(key)
+        life = self.lifecycle.states.get(key)
         busy = life is not None and (
             life.file is FileState.FETCHING or life.slot is SlotState.FILLING or life.copying
         )
@@ -264,12 +256,12 @@ class FetchTasks:
         del self._running[key]
         fetch.opened.set()
         if error is None:
-            self._lease_table.verified(key, self.verifications[key])
-            self._decide(key, partial(self._lifecycle.published, key, attempt))
+            self.verified(key, self.verifications[key])
+            self.decide(key, partial(self.lifecycle.published, key, attempt))
             self.close_idle_reader(key)
         else:
             self.close_reader(key)
-            self._decide(key, partial(self._lifecycle.fetch_failed, key, attempt, error))
+            self.decide(key, partial(self.lifecycle.fetch_failed, key, attempt, error))
 
     async def _open_and_plan(
         self, key: AdapterKey, control: FetchControl
@@ -288,9 +280,9 @@ class FetchTasks:
                 opened_before = True
 
     async def _open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:
-        with self._telemetry.timed("fetch", key, "fetch header"):
-            file = await self._source.open(key, control)
-        self._telemetry.add_bytes("fetch", len(file.config) + len(file.prefix))
+        with self.telemetry.timed("fetch", key, "fetch header"):
+            file = await self.source.open(key, control)
+        self.telemetry.add_bytes("fetch", len(file.config) + len(file.prefix))
         self.close_reader(key)
         self._readers[key] = file.reader
         self._refusals.pop(key, None)
@@ -300,15 +292,15 @@ class FetchTasks:
 
     async def _plan(self, key: AdapterKey, file: AdapterFile) -> TransferPlan:
         # A hop to a thread does not count beside a network.
-        if isinstance(key, RemoteKey) or self._planner.is_long(file):
+        if isinstance(key, RemoteKey) or self.planner.is_long(file):
             loop = asyncio.get_running_loop()
-            with self._telemetry.timed("verify", key, "verify header"):
-                return await loop.run_in_executor(self._threads, self._planner.plan, file)
+            with self.telemetry.timed("verify", key, "verify header"):
+                return await loop.run_in_executor(self.threads, self.planner.plan, file)
         # One per turn of the loop: adapters that were opened at the same time would otherwise be
         # planned in the same turn and block all other tasks.
         async with self._planning:
-            with self._telemetry.timed("verify", key, "verify header"):
-                plan = self._planner.plan(file)
+            with self.telemetry.timed("verify", key, "verify header"):
+                plan = self.planner.plan(file)
             await asyncio.sleep(0)
         return plan
 
@@ -316,11 +308,11 @@ class FetchTasks:
         self, key: AdapterKey, attempt: int, file: AdapterFile, plan: TransferPlan
     ) -> None:
         now, needs = monotonic(), plan.needs(holdable=file.holdable)
-        self._telemetry.checked(key, now)
-        if self._telemetry.has_subscribers:
-            self._telemetry.publish(HeaderChecked(key, None, attempt, now))
-        checked = partial(self._lifecycle.header_checked, key, attempt, needs, cached=file.cached)
-        self._decide(key, checked)
+        self.telemetry.checked(key, now)
+        if self.telemetry.has_subscribers:
+            self.telemetry.publish(HeaderChecked(key, None, attempt, now))
+        checked = partial(self.lifecycle.header_checked, key, attempt, needs, cached=file.cached)
+        self.decide(key, checked)
 
     async def _fetch_groups(
         self,
@@ -337,26 +329,26 @@ class FetchTasks:
             nonlocal reported
             if fetched:
                 reported = loop.time()
-                span_fetched = partial(self._lifecycle.span_fetched, key, attempt, *fetched)
+                span_fetched = partial(self.lifecycle.span_fetched, key, attempt, *fetched)
                 fetched.clear()
-                self._decide(key, span_fetched)
+                self.decide(key, span_fetched)
 
         def group_fetched(group: int) -> None:
             """Report groups of one turn together; if nobody streams, those of `GATHER_SECONDS`."""
             missing.discard(group)
-            if self._before_use:
+            if self.before_use:
                 return
             fetched.append(group)
-            if not missing or self._lifecycle.states[key].streams:
+            if not missing or self.lifecycle.states[key].streams:
                 loop.call_soon(report)
             elif len(fetched) == 1:
                 loop.call_at(reported + GATHER_SECONDS, report)
 
         spans = [group.spans for group in plan.groups]
         joined = partial(loop.call_soon, report)  # a caller that joins may stream
-        with self._telemetry.tracer.span("files", None, "fetch", key), control.watch(joined):
+        with self.telemetry.tracer.span("files", None, "fetch", key), control.watch(joined):
             try:
-                verification = await self._source.bring(file, spans, group_fetched, control)
+                verification = await self.source.bring(file, spans, group_fetched, control)
             except BaseException:
                 fetched.clear()  # the outcome is another one, which may come first
                 raise
@@ -365,36 +357,36 @@ class FetchTasks:
 
     async def _populate(self, key: AdapterKey, attempt: int) -> None:
         """Bring an adapter into host memory. The lifecycle runs one of these at a time."""
-        outcome: Outcome = partial(self._lifecycle.populated, key, attempt)
+        outcome: Outcome = partial(self.lifecycle.populated, key, attempt)
         self._populating = asyncio.current_task()
         try:
-            hold = await self._source.populate(key)
+            hold = await self.source.populate(key)
             if hold.nbytes:
                 self.holds[key] = hold
             else:
                 _close(hold)  # the pages were only read ahead
         except asyncio.CancelledError:
             error = FetchError("the loader was closed")
-            outcome = partial(self._lifecycle.lost, key, attempt, error)
+            outcome = partial(self.lifecycle.lost, key, attempt, error)
         except Exception as problem:  # noqa: BLE001 - becomes the task's outcome
             failure = as_lorax_error(problem, "bringing the adapter into host memory failed")
-            outcome = partial(self._lifecycle.lost, key, attempt, failure)
+            outcome = partial(self.lifecycle.lost, key, attempt, failure)
         finally:
             self._populating = None
-        self._decide(key, outcome)
+        self.decide(key, outcome)
 
     async def _release(self, key: AdapterKey, attempt: int) -> None:
         try:
             await self._close_hold(key)
         finally:  # the hold is released even if closing it fails
-            self._decide(key, partial(self._lifecycle.released, key, attempt))
+            self.decide(key, partial(self.lifecycle.released, key, attempt))
 
     async def _close_hold(self, key: AdapterKey) -> None:
         """Close a hold in a thread: unmapping many pages takes milliseconds."""
         hold = self.holds.pop(key, None)
         if hold is not None:
             try:
-                closing = asyncio.get_running_loop().run_in_executor(self._threads, _close, hold)
+                closing = asyncio.get_running_loop().run_in_executor(self.threads, _close, hold)
             except Exception:  # the process has reached its limit of threads
                 _logger.exception("no thread to close a hold in; closing it on the loop")
                 _close(hold)

@@ -20,7 +20,7 @@ from lorax_async.concurrency import FetchControl, SharedTasks, result_of
 from lorax_async.errors import AdapterTimeoutError, LoraxError, Stage, UsageError, as_lorax_error
 from lorax_async.files import Reader
 from lorax_async.remote.readers import FetchReader
-from lorax_async.runtime.digest_checks import DigestChecks
+from lorax_async.runtime.leases import DigestChecks
 from lorax_async.runtime.resolver import Resolver
 from lorax_async.sources.base import FolderSource, Source, StoredFolder
 from lorax_async.types import (
@@ -150,7 +150,7 @@ class StoredAdapter:
 
 
 @dataclass(slots=True, eq=False)
-class _FolderCall:
+class _FolderRequest:
     """One call: the version that its id was resolved to, and its end; None if cancelled."""
 
     key: AdapterKey | None
@@ -158,10 +158,10 @@ class _FolderCall:
 
 
 @dataclass(slots=True, eq=False)
-class _CallsOfId:
+class _RequestsOfId:
     """The calls for one id: those that run, and how the last one ended."""
 
-    running: list[_FolderCall] = field(default_factory=list)
+    running: list[_FolderRequest] = field(default_factory=list)
     end: StoredAdapter | None = None
 
 
@@ -176,25 +176,21 @@ class _Fetch:
     reader: Reader | None = None
 
 
+@dataclass(eq=False)
 class FolderLeases:
     """Fetches folders within deadlines, and has all leases on them. On one event loop."""
 
-    def __init__(
-        self,
-        source: Source,
-        resolver: Resolver,
-        digests: DigestChecks,
-        check_open: Callable[[], None],
-    ) -> None:
-        self._source = source
-        self._resolver = resolver
-        self._digests = digests
-        self._check_open = check_open
+    source: Source
+    resolver: Resolver
+    digests: DigestChecks
+    check_open: Callable[[], None]
+
+    def __post_init__(self) -> None:
         # A lease stays joined to its task, so that the last one closes the task's reader.
         self._tasks = SharedTasks(self._run, lambda key: f"lorax fetch {key}", unused=self._close)
         self._fetches: dict[asyncio.Task[_CheckedFolder], _Fetch] = {}
         self._running: dict[AdapterKey, _Fetch] = {}
-        self._calls: OrderedDict[str, _CallsOfId] = OrderedDict()
+        self._calls: OrderedDict[str, _RequestsOfId] = OrderedDict()
         self._leased: Counter[AdapterKey | None] = Counter()
         self._leases: set[ExitStack] = set()
         self._released = asyncio.Event()
@@ -228,11 +224,11 @@ class FolderLeases:
             call.end = StoredAdapter("present", folder.key, nbytes, nbytes, 0, None)
             return folder
 
-    async def _attempt(self, ref: Ref, call: _FolderCall, urgent: bool) -> AdapterFolder:
+    async def _attempt(self, ref: Ref, call: _FolderRequest, urgent: bool) -> AdapterFolder:
         attempt = 0
         while True:
             attempt += 1
-            call.key = await self._resolver.resolve(ref)
+            call.key = await self.resolver.resolve(ref)
             try:
                 return await self._fetch_checked(ref, call.key, urgent)
             except LeftoverError:
@@ -249,7 +245,7 @@ class FolderLeases:
             for text, calls in self._calls.items()
         }
 
-    def _state(self, calls: _CallsOfId) -> StoredAdapter:
+    def _state(self, calls: _RequestsOfId) -> StoredAdapter:
         """Return how far the newest call is, or how the last one ended if none runs."""
         end = calls.end
         if not calls.running and end is not None:
@@ -266,10 +262,10 @@ class FolderLeases:
         return StoredAdapter(state, key, 0, None, self._leased[key], None)
 
     @contextmanager
-    def _call(self, ref: Ref) -> Iterator[_FolderCall]:
+    def _call(self, ref: Ref) -> Iterator[_FolderRequest]:
         """Record a call for an id, unless it is cancelled."""
-        text, call = text_of(ref), _FolderCall(ref if isinstance(ref, AdapterKey) else None)
-        calls = self._calls.setdefault(text, _CallsOfId())
+        text, call = text_of(ref), _FolderRequest(ref if isinstance(ref, AdapterKey) else None)
+        calls = self._calls.setdefault(text, _RequestsOfId())
         self._calls.move_to_end(text)
         if len(self._calls) > MAX_IDS:
             self._calls.popitem(last=False)
@@ -286,23 +282,23 @@ class FolderLeases:
         """Fetch `key`, and compare it with the digest in `ref`."""
         if isinstance(key, TensorsKey):
             raise UsageError("it has no folder: it was loaded from tensors")
-        if not isinstance(self._source, FolderSource):
+        if not isinstance(self.source, FolderSource):
             raise UsageError("its source has no folders; give one that is a FolderSource")
-        self._check_open()
+        self.check_open()
         with ExitStack() as joined:
             task = joined.enter_context(self._tasks.join(key))
             fetch = self._fetches.setdefault(task, _Fetch())
             if urgent:
                 fetch.control.raise_priority()
-            checked = await result_of(task, "fetch", self._check_open)
-            self._check_open()
+            checked = await result_of(task, "fetch", self.check_open)
+            self.check_open()
             lease = joined.pop_all()
         self._leases.add(lease)
         self._leased[key] += 1
         lease.callback(self._end, lease, key)
         folder = AdapterFolder(ref, key, checked, lease, self._leases)
         try:
-            by_caller = await self._digests.compare(ref, key, folder.verification)
+            by_caller = await self.digests.compare(ref, key, folder.verification)
             folder.verification = by_caller or folder.verification
         except BaseException:
             folder.release()
@@ -310,7 +306,7 @@ class FolderLeases:
         return folder
 
     async def _run(self, key: AdapterKey) -> _CheckedFolder:
-        source, task = self._source, asyncio.current_task()
+        source, task = self.source, asyncio.current_task()
         assert isinstance(source, FolderSource)
         assert task is not None
         fetch = self._running[key] = self._fetches.setdefault(task, _Fetch())

@@ -1,4 +1,4 @@
-"""Leases on adapters' slots, the slot occupancies that they share, and pins."""
+"""Leases on adapters' slots, the slot occupancies that they share, pins, and digests of callers."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import os
 import threading
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
-from lorax_async.concurrency import running_loop
+from lorax_async.concurrency import SharedTasks, result_of, running_loop
 from lorax_async.devices.base import CopyTicket, Device
 from lorax_async.devices.staging import TORCH_DTYPES
-from lorax_async.errors import HandleClosedError, LoraxError, UsageError
+from lorax_async.devices.transfer import SlotCopies
+from lorax_async.errors import HandleClosedError, IntegrityError, LoraxError, UsageError
 from lorax_async.formats.peft_names import TensorRole
 from lorax_async.lifecycle.adapter_state import SlotGrant
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
 from lorax_async.planning.transfer_plan import TransferPlan
-from lorax_async.types import AdapterKey, Verification
+from lorax_async.sources.base import Source
+from lorax_async.types import AdapterKey, Ref, Verification, expected_digest
 
 
 class AdapterVectors:
@@ -50,8 +53,8 @@ class AdapterVectors:
         return None if place is None else device.view(place[0]).view(place[1])
 
 
-class SlotOccupancy:
-    """One adapter's use of a slot: grant, plan, watermark, error. Shared by all its leases."""
+class SlotOccupancy(SlotCopies):
+    """One adapter's use of a slot: its copies, watermark, error. Shared by all its leases."""
 
     def __init__(
         self,
@@ -62,9 +65,8 @@ class SlotOccupancy:
         verification: Verification | None = None,
         has_arrived: Callable[[], bool] = lambda: False,
     ) -> None:
+        super().__init__(plan, grant)
         self.key = key
-        self.grant = grant
-        self.plan = plan
         self.layers = plan.layers
         self.vectors = AdapterVectors(plan, grant) if plan.has_vectors else None
         """None once the slot is free."""
@@ -73,12 +75,6 @@ class SlotOccupancy:
         """Set once all bytes are here and checked."""
         self.has_arrived = has_arrived
         """Return whether all bytes are on this machine. Quick, thread-safe."""
-        self.streamed = False
-        """Whether there was a lease before the last layer, which may wait for single layers."""
-        self.copying = 0
-        """Runs of copies in flight; counted by `CopyThreads` under its lock."""
-        self.group_tickets: dict[int, CopyTicket] = {}
-        """The tickets of enqueued copies, by group; added by the I/O threads."""
         self._num_layers = num_layers
         self.watermark = 0
         """The groups below it are on the device."""
@@ -269,32 +265,26 @@ class Lease:
         self._ended(self, in_use, soon)
 
 
+@dataclass(eq=False)
 class LeaseTable:
     """The slot occupancies and leases of a loader. On the loop.
 
     `lease_ended(lease, in_use, soon)` and `lease_quiet(lease)` may be called in any thread.
     """
 
-    def __init__(
-        self,
-        lifecycle: Lifecycle,
-        num_layers: int,
-        lease_ended: Callable[[Lease, bool, bool], None],
-        lease_quiet: Callable[[Lease], None],
-    ) -> None:
-        self.leases: dict[AdapterKey, set[Lease]] = {}
-        self.occupancies: dict[AdapterKey, SlotOccupancy] = {}
-        self._lifecycle = lifecycle
-        self._num_layers = num_layers
-        self._lease_ended = lease_ended
-        self._lease_quiet = lease_quiet
+    lifecycle: Lifecycle
+    num_layers: int
+    lease_ended: Callable[[Lease, bool, bool], None]
+    lease_quiet: Callable[[Lease], None]
+    leases: dict[AdapterKey, set[Lease]] = field(default_factory=dict, init=False)
+    occupancies: dict[AdapterKey, SlotOccupancy] = field(default_factory=dict, init=False)
 
     def occupy(
         self, key: AdapterKey, grant: SlotGrant, plan: TransferPlan, verified: Verification | None
     ) -> SlotOccupancy:
-        life = self._lifecycle.states[key]
+        life = self.lifecycle.states[key]
         occupancy = self.occupancies[key] = SlotOccupancy(
-            key, grant, plan, self._num_layers, verified, lambda: life.has_arrived
+            key, grant, plan, self.num_layers, verified, lambda: life.has_arrived
         )
         return occupancy
 
@@ -312,18 +302,18 @@ class LeaseTable:
         """Return a lease that the lifecycle counts already."""
         occupancy = self.occupancies[key]
         occupancy.streamed = occupancy.streamed or not occupancy.complete
-        lease = Lease(occupancy, self._lease_ended, self._lease_quiet)
+        lease = Lease(occupancy, self.lease_ended, self.lease_quiet)
         self.leases.setdefault(key, set()).add(lease)
         return lease
 
     def try_lease(self, key: AdapterKey) -> Lease | None:
         """Return a lease if the adapter is resident, else None."""
-        return None if self._lifecycle.take_lease(key) is None else self.new_lease(key)
+        return None if self.lifecycle.take_lease(key) is None else self.new_lease(key)
 
     def share(self, lease: Lease) -> Lease:
         """Return another lease on the same slot occupancy; raise if `lease` is not usable."""
         lease.check()
-        self._lifecycle.add_lease(lease.occupancy.key)
+        self.lifecycle.add_lease(lease.occupancy.key)
         shared = self.new_lease(lease.occupancy.key)
         shared.stale, shared.verified_by_caller = lease.stale, lease.verified_by_caller
         return shared
@@ -336,13 +326,13 @@ class LeaseTable:
         lease.occupancy.wake_tasks()
 
 
+@dataclass(eq=False)
 class PinTable:
     """The pins of a loader by name. On the loop; `execute` carries out the lifecycle's commands."""
 
-    def __init__(self, lifecycle: Lifecycle, execute: Callable[[list[Command]], None]) -> None:
-        self._lifecycle = lifecycle
-        self._execute = execute
-        self._pins: dict[object, tuple[AdapterKey, SlotGrant]] = {}
+    lifecycle: Lifecycle
+    execute: Callable[[list[Command]], None]
+    _pins: dict[object, tuple[AdapterKey, SlotGrant]] = field(default_factory=dict, init=False)
 
     @property
     def names(self) -> tuple[object, ...]:
@@ -357,13 +347,13 @@ class PinTable:
         key, grant = lease.occupancy.key, lease.occupancy.grant
         if self._pins.get(name) == (key, grant):
             return True
-        commands = self._lifecycle.pin(key)
+        commands = self.lifecycle.pin(key)
         if commands is None:
             return False
         earlier, self._pins[name] = self._pins.get(name), (key, grant)
-        self._execute(commands)
+        self.execute(commands)
         if earlier is not None:
-            self._execute(self._lifecycle.unpin(*earlier))
+            self.execute(self.lifecycle.unpin(*earlier))
         return True
 
     def unpin(self, name: object) -> bool:
@@ -371,9 +361,99 @@ class PinTable:
         pinned = self._pins.pop(name, None)
         if pinned is None:
             return False
-        self._execute(self._lifecycle.unpin(*pinned))
+        self.execute(self.lifecycle.unpin(*pinned))
         return True
 
     def drop(self, key: AdapterKey) -> None:
         """Remove all pins of an adapter that is about to be unloaded, which ends them."""
         self._pins = {name: pin for name, pin in self._pins.items() if pin[0] != key}
+
+
+MAX_DIGESTS = 65_536
+"""Digests of weights kept; the oldest is dropped first."""
+
+
+class DigestChecks:
+    """Compares digests, and lets `source` hash weights of unknown digest, once for all callers.
+
+    `check_open` raises once the store or loader is closing.
+    """
+
+    def __init__(self, source: Source, check_open: Callable[[], None]) -> None:
+        self._check_open = check_open
+        self._known: dict[AdapterKey, str] = {}
+        self._source = source
+        self._hashing = SharedTasks(self._run, lambda key: f"lorax digest {key}")
+        self._waiting: set[Lease] = set()
+
+    async def compare(
+        self, ref: Ref, key: AdapterKey, known: Verification | None
+    ) -> Verification | None:
+        """Compare the weights of `key` with the digest in `ref`, if any; hash them if needed.
+
+        `known` is the key's verification, if it is known. Return the verification by the digest.
+        Raise `IntegrityError` for a mismatch, and what hashing raises.
+        """
+        expected = expected_digest(ref)
+        if expected is None:
+            return None
+        digest = self._known_digest(key, known) or await self._hash(key)
+        if digest != expected:
+            raise _mismatch(key, digest, expected)
+        return Verification("sha256", expected)
+
+    def agrees(self, ref: Ref, key: AdapterKey, known: Verification | None) -> bool:
+        """Return whether the digest in `ref`, if any, is known to match."""
+        expected = expected_digest(ref)
+        return expected is None or self._known_digest(key, known) == expected
+
+    async def require(self, ref: Ref, key: AdapterKey, lease: Lease) -> None:
+        """Compare a lease's weights with the digest in `ref`, if any, once all bytes are here.
+
+        Raise as `compare`, the slot's error, or `LoaderClosedError` when the loader is closing.
+        """
+        if expected_digest(ref) is None:
+            return
+
+        def check() -> None:
+            self._check_open()
+            lease.check()
+
+        self._waiting.add(lease)
+        try:
+            verification = await lease.verified(check)
+        finally:
+            self._waiting.discard(lease)
+        lease.verified_by_caller = await self.compare(ref, key, verification)
+
+    async def stop(self) -> None:
+        """End all waits and tasks, once `check_open` raises; leases stay."""
+        for lease in self._waiting:
+            lease.occupancy.wake_tasks()
+        await self._hashing.stop()
+
+    def _known_digest(self, key: AdapterKey, known: Verification | None) -> str | None:
+        """Return the known sha256 of `key`, or None."""
+        by_sha256 = known is not None and known.kind in ("sha256", "transport")
+        digest = known.digest if known is not None and by_sha256 else None
+        return digest or self._known.get(key)
+
+    async def _hash(self, key: AdapterKey) -> str:
+        with self._hashing.join(key) as task:
+            return await result_of(task, "verify", self._check_open)
+
+    async def _run(self, key: AdapterKey) -> str:
+        digest = self._known[key] = await self._source.digest(key)
+        if len(self._known) > MAX_DIGESTS:
+            del self._known[next(iter(self._known))]
+        return digest
+
+
+def _mismatch(key: AdapterKey, digest: str, expected: str) -> IntegrityError:
+    return IntegrityError(
+        f"its weights have the sha256 {digest}, not {expected} as requested; request the"
+        " version with that digest, or correct the digest",
+        key=key,
+        stage="verify",
+        retryable=False,
+    )

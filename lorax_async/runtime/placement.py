@@ -15,9 +15,10 @@ from lorax_async.lifecycle.adapter_state import (
     SlotState,
     WantedTier,
 )
+from lorax_async.runtime.resolver import Resolver
 from lorax_async.sources.base import PinnedPages
 from lorax_async.telemetry import Usage
-from lorax_async.types import AdapterId, AdapterKey, Ref, as_ref
+from lorax_async.types import AdapterId, AdapterKey, as_ref
 
 TierName = Literal["disk", "host", "device"]
 
@@ -58,6 +59,7 @@ class AdapterResidency:
     """The numbers of layer groups on the device, and of all; None without a slot."""
 
 
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Placement:
     """Where a loader's adapters are, and their use of the budgets.
 
@@ -65,24 +67,12 @@ class Placement:
     is looked up by the key that it meant last.
     """
 
-    def __init__(
-        self,
-        states: Mapping[AdapterKey, AdapterState],
-        holds: Mapping[AdapterKey, PinnedPages],
-        copies: Mapping[AdapterKey, int],
-        *,
-        known: Callable[[Ref], AdapterKey | None],
-        ids: Callable[[], Iterable[tuple[str, AdapterKey]]],
-        story: Callable[[AdapterKey], tuple[Event, ...]],
-        usage: Callable[[], Usage],
-    ) -> None:
-        self._states = states
-        self._holds = holds
-        self._copies = copies
-        self._known = known
-        self._ids = ids
-        self._story = story
-        self._usage = usage
+    _states: Mapping[AdapterKey, AdapterState]
+    _holds: Mapping[AdapterKey, PinnedPages]
+    _copies: Mapping[AdapterKey, int]
+    _resolver: Resolver
+    _story: Callable[[AdapterKey], tuple[Event, ...]]
+    _usage: Callable[[], Usage]
 
     @property
     def usage(self) -> Usage:
@@ -100,7 +90,7 @@ class Placement:
 
         Of an id that callers named with several revisions or tokens, the last that is here.
         """
-        ids = list(self._ids())
+        ids = list(self._resolver.ids())
         found = self._residencies({key for _, key in ids})
         return {text: found[key] for text, key in ids if key in found}
 
@@ -118,7 +108,7 @@ class Placement:
 
     def key(self, adapter_id: AdapterId) -> AdapterKey | None:
         """Return the version that an id meant last; None if it was not resolved."""
-        return self._known(as_ref(adapter_id))
+        return self._resolver.known(as_ref(adapter_id))
 
     def find(self, adapter_id: AdapterId) -> AdapterResidency | None:
         """Return where one adapter is; None if it is not on this machine."""

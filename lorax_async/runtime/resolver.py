@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from time import monotonic
@@ -100,6 +100,7 @@ class _Answer(NamedTuple):
     for_stale: bool
 
 
+@dataclass(eq=False)
 class Resolver:
     """Lets equal refs share one running resolve, and remembers the last answer for each.
 
@@ -109,20 +110,13 @@ class Resolver:
     `check_open` raises once the store or loader is closing.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        telemetry: Telemetry,
-        check_open: Callable[[], None],
-        *,
-        revalidate: float,
-        revalidate_files: float,
-    ) -> None:
-        self._source = source
-        self._telemetry = telemetry
-        self._check_open = check_open
-        self._revalidate = revalidate
-        self._revalidate_files = revalidate_files
+    source: Source
+    telemetry: Telemetry
+    check_open: Callable[[], None]
+    revalidate: float
+    revalidate_files: float
+
+    def __post_init__(self) -> None:
         self.names = AssignedIds()
         self._running = SharedTasks(self._run, lambda ref: f"lorax resolve {ref.text}")
         self._answers: dict[AdapterRef, _Answer] = {}
@@ -166,7 +160,7 @@ class Resolver:
 
     async def _result(self, ref: AdapterRef, task: asyncio.Task[_Answer]) -> _Answer:
         try:
-            return await result_of(task, "resolve", self._check_open)
+            return await result_of(task, "resolve", self.check_open)
         except LoraxError as error:
             raise error.located(id=ref.text, stage="resolve") from error.__cause__
 
@@ -210,8 +204,8 @@ class Resolver:
 
     def _seconds(self, key: AdapterKey) -> float:
         """Return how long the answer that an id means `key` counts."""
-        remote = self._revalidate if isinstance(key, RemoteKey) else inf
-        return min(remote, self._revalidate_files) if key.files else remote
+        remote = self.revalidate if isinstance(key, RemoteKey) else inf
+        return min(remote, self.revalidate_files) if key.files else remote
 
     def is_outdated(self, ref: Ref, answer: AdapterKey) -> bool:
         """Return whether an id was assigned, or unassigned, since this answer."""
@@ -241,8 +235,8 @@ class Resolver:
 
     async def _ask(self, ref: AdapterRef) -> AdapterKey:
         try:
-            with self._telemetry.timed("resolve", ref, "resolve"):
-                return await self._source.resolve(ref)
+            with self.telemetry.timed("resolve", ref, "resolve"):
+                return await self.source.resolve(ref)
         except LoraxError:
             raise
         except Exception as error:

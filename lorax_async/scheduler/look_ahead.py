@@ -12,8 +12,8 @@ from operator import itemgetter
 from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError
 from lorax_async.handle import AdapterHandle
 from lorax_async.loader import AdapterLoader
+from lorax_async.runtime.acquire import Prefetch
 from lorax_async.runtime.placement import TierName
-from lorax_async.runtime.prefetch import Prefetch
 from lorax_async.scheduler.requests import AdapterQueue, Clock, Ticket, TimerHandle, Urgency
 from lorax_async.types import MAX_SECONDS, AdapterKey, Ref
 

@@ -16,7 +16,7 @@ import aiofiles.tempfile
 
 from lorax_async.errors import ConfigError, UsageError
 from lorax_async.loader import AdapterLoader
-from lorax_async.runtime.prefetch import Prefetch
+from lorax_async.runtime.acquire import Prefetch
 from lorax_async.types import AdapterId, AdapterRef, as_ref
 
 _MAX_ADAPTERS = 1024  # that are remembered, the last used ones

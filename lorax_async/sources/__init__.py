@@ -6,6 +6,5 @@ layer group by layer group. May import `formats`, `planning`, `files`, `ids`, `c
 
 - `base`: the interface `Source`, and the router: by the location of an id, or the type of a key
 - `local`: the source of local folders: finds a folder, checks, opens and hashes its files
-- `tensors`: the source of tensors in host memory; snapshots of tensors
-- `host_copies`: files in host memory, and their budget
+- `tensors`: the source of tensors in host memory; snapshots of tensors, their copies and budget
 """

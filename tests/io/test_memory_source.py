@@ -22,8 +22,7 @@ from lorax_async.formats.safetensors import parse_header
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.sources import tensors as snapshot_module
 from lorax_async.sources.base import SourceRouter
-from lorax_async.sources.host_copies import HostCopies
-from lorax_async.sources.tensors import STEP_BYTES, MemorySource, TensorSnapshot
+from lorax_async.sources.tensors import STEP_BYTES, HostCopies, MemorySource, TensorSnapshot
 from lorax_async.testing import FakeSource
 from lorax_async.types import AdapterKey
 

@@ -11,8 +11,7 @@ from source_conformance import PopulateConformance, SourceConformance
 
 from lorax_async import AdapterRef, Limits
 from lorax_async.sources.base import Source, SourceRouter
-from lorax_async.sources.host_copies import HostCopies
-from lorax_async.sources.tensors import MemorySource
+from lorax_async.sources.tensors import HostCopies, MemorySource
 from lorax_async.testing import FakeSource
 
 

@@ -6,11 +6,9 @@ from lorax_async.concurrency import Inbox
 from lorax_async.devices import transfer
 from lorax_async.devices.base import CopyTicket, StagedPiece
 from lorax_async.devices.staging import StagingBuffer, StagingRing
-from lorax_async.devices.transfer import GroupTransfer, SubmittedCopies
+from lorax_async.devices.transfer import CopyThreads, GroupTransfer, SubmittedCopies
 from lorax_async.lifecycle import rules
 from lorax_async.lifecycle.adapter_state import AdapterState
-from lorax_async.runtime import copies
-from lorax_async.runtime.copies import CopyThreads
 from mutants.mutation import Mutants, NoLock, mutant, nothing, skipped
 
 STAGING = "io/test_staging.py::TestStagingRing"
@@ -89,7 +87,7 @@ GROUPS: Mutants = {
         (CopyThreads, "_run", _ended_when_asked_for)),
     "copies: ends are counted one by one": mutant(
         "test_ending.py::test_copies_that_end_at_the_same_moment_are_both_counted",
-        (copies, "Lock", NoLock)),
+        (transfer, "Lock", NoLock)),
     "inbox: the flag is cleared before the items are taken": mutant(
         "io/test_inbox.py::test_an_item_at_the_last_moment",
         (Inbox, "take", _flag_cleared_after)),

@@ -1,18 +1,17 @@
 """Leases, waiters and the loader's end: who waits for what, and who is woken."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 from lorax_async import concurrency
+from lorax_async.concurrency import OrderedCalls
 from lorax_async.handle import AdapterHandle
 from lorax_async.runtime import leases
-from lorax_async.runtime.acquire import OrderedCalls
-from lorax_async.runtime.digest_checks import DigestChecks
-from lorax_async.runtime.driver import Driver
+from lorax_async.runtime.driver import Driver, WaiterTable
 from lorax_async.runtime.fetches import FetchTasks
-from lorax_async.runtime.leases import Lease, SlotOccupancy
-from lorax_async.runtime.waiters import WaiterTable
-from mutants.mutation import Mutants, NoLock, mutant, nothing_awaited, same, seen_by, skipped
+from lorax_async.runtime.leases import DigestChecks, Lease, SlotOccupancy
+from mutants.mutation import Mutants, NoLock, mutant, same, seen_by, skipped
 
 HANDLES = "test_handles.py"
 ENDING = "test_ending.py"
@@ -38,7 +37,7 @@ def _ended_unused(self: Lease, why: str = "released", *, soon: bool = False) -> 
 
 
 async def _not_waited_for(self: WaiterTable, key: Any, seconds: float) -> None:
-    self._execute(self._lifecycle.unload(key))
+    self._driver.execute(self._driver.lifecycle.unload(key))
 
 
 def _ended_at_once(self: Driver, lease: Lease, in_use: bool, soon: bool) -> None:
@@ -50,6 +49,11 @@ def _obeyed_at_once(self: Driver, decided: list[Any]) -> None:
     for command in decided:
         self._execute_one(command)
     self._rested.set()
+
+
+class _NoTurn:
+    def __await__(self) -> Iterator[None]:
+        return iter(())
 
 
 async def _hold_closed_later(self: FetchTasks, key: Any) -> None:
@@ -103,7 +107,7 @@ LOADER: Mutants = {
         (FetchTasks, "close_idle_reader", lambda self, key: self.close_reader(key))),
     "replace: calls with one name come in their order": mutant(
         "test_replacing.py::test_several_replacements_at_once_come_in_their_order",
-        (OrderedCalls, "place", lambda *_: nullcontext(nothing_awaited))),
+        (OrderedCalls, "enter", lambda *_: nullcontext(_NoTurn()))),
     "files: closing a hold is waited for": mutant(
         f"{ENDING}::test_unmap_is_awaited", (FetchTasks, "_close_hold", _hold_closed_later)),
     "digests: a load waits for the comparison": mutant(

@@ -10,8 +10,7 @@ from lorax_async.remote import base, opening, readers
 from lorax_async.remote.opening import AdapterOpener, VersionResolver
 from lorax_async.remote.readers import FetchReader
 from lorax_async.remote.remote_source import RemoteSource
-from lorax_async.sources.host_copies import HostCopies, HostCopy
-from lorax_async.sources.tensors import TensorSnapshot
+from lorax_async.sources.tensors import HostCopies, HostCopy, TensorSnapshot
 from lorax_async.types import AdapterKey
 from mutants.mutation import Mutants, NoLock, mutant, nothing, nothing_awaited, skipped
 
