@@ -180,10 +180,11 @@ class GroupTransfer:
         """
         name = f"{len(copies)} layers" if len(copies) > 1 else ""
         with self._span(copies[0], "copies", None, name) as span:
+            # As `ReadMove._make` does, without a call of Python code for each group.
             moves = [
-                ReadMove(part.file_offset, part.nbytes, part.target + base, part.rows, part.pitch)
-                for copy, base in ((copy, copy.extent.offset) for copy in copies)
-                for part in copy.group.reads
+                tuple.__new__(ReadMove, (start, nbytes, copy.extent.offset + target, rows, pitch))
+                for copy in copies
+                for start, nbytes, target, rows, pitch in copy.group.reads
             ]
             if moves:
                 self.device.read(copies[0].reader, moves)

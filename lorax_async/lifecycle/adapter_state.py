@@ -159,9 +159,9 @@ _NO_PRIORITIES: dict[tuple[bool, int], int] = {}
 
 
 class WaiterSet:
-    """Waiters in order of arrival, with a count of each kind."""
+    """Waiters in order of arrival, with a count of each kind; `foreground` has some, by id."""
 
-    __slots__ = ("_by_id", "_foreground", "_kinds", "_priorities")
+    __slots__ = ("_by_id", "_kinds", "_priorities", "foreground")
 
     def __init__(self) -> None:
         self._clear()
@@ -169,7 +169,7 @@ class WaiterSet:
     def _clear(self) -> None:
         """Share the empty dicts, which are never written: most adapters have no waiter."""
         self._by_id: dict[int, Waiter] = _NO_WAITERS
-        self._foreground: dict[int, Waiter] = _NO_WAITERS
+        self.foreground: dict[int, Waiter] = _NO_WAITERS
         self._kinds: dict[tuple[WantedTier, bool], int] = _NO_KINDS
         self._priorities: dict[tuple[bool, int], int] = _NO_PRIORITIES
 
@@ -181,10 +181,10 @@ class WaiterSet:
 
     def add(self, waiter: Waiter) -> None:
         if not self._by_id:
-            self._by_id, self._foreground, self._kinds, self._priorities = {}, {}, {}, {}
+            self._by_id, self.foreground, self._kinds, self._priorities = {}, {}, {}, {}
         self._by_id[waiter.id] = waiter
         if waiter.foreground:
-            self._foreground[waiter.id] = waiter
+            self.foreground[waiter.id] = waiter
         _count(self._kinds, (waiter.tier, waiter.foreground), 1)
         _count(self._priorities, (waiter.foreground, waiter.priority), 1)
 
@@ -196,7 +196,7 @@ class WaiterSet:
         if not self._by_id:
             self._clear()
             return True
-        self._foreground.pop(waiter_id, None)
+        self.foreground.pop(waiter_id, None)
         _count(self._kinds, (waiter.tier, waiter.foreground), -1)
         _count(self._priorities, (waiter.foreground, waiter.priority), -1)
         return True
@@ -214,10 +214,6 @@ class WaiterSet:
         """Ids of the waiters that need a slot."""
         return [waiter.id for waiter in self.of_tiers({WantedTier.STREAM, WantedTier.DEVICE})]
 
-    @property
-    def has_foreground(self) -> bool:
-        return bool(self._foreground)
-
     def has_tier(self, tier: WantedTier) -> bool:
         return (tier, True) in self._kinds or (tier, False) in self._kinds
 
@@ -227,12 +223,12 @@ class WaiterSet:
 
         There must be a waiter.
         """
-        return next(iter((self._foreground or self._by_id).values())).since
+        return next(iter((self.foreground or self._by_id).values())).since
 
     @property
     def oldest_preempting(self) -> float:
         """The start of the longest wait of a foreground waiter that preempts; `inf` without one."""
-        preempting = (waiter for waiter in self._foreground.values() if waiter.preempts)
+        preempting = (waiter for waiter in self.foreground.values() if waiter.preempts)
         first = next(preempting, None)
         return float("inf") if first is None else first.since
 
@@ -248,7 +244,7 @@ class WaiterSet:
 
         A low priority therefore waits longer, but not forever.
         """
-        foreground = self.has_foreground
+        foreground = bool(self.foreground)
         highest = max((p for ahead, p in self._priorities if ahead or not foreground), default=0)
         return not foreground, self.oldest - highest * level
 
@@ -291,7 +287,7 @@ class SlotGrant:
 
     @property
     def nbytes(self) -> int:
-        return sum(extent.nbytes for extent in self.extents)
+        return sum([extent.nbytes for extent in self.extents])
 
 
 class HostState(Enum):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import Self
+from typing import NamedTuple, Self
 
 from lorax_async.errors import InternalError
 
@@ -120,8 +119,7 @@ def kinds_of(sizes: Sequence[int], alignment: int) -> Kinds:
     return _count_by_size(_round_up(sizes, alignment))
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """`nbytes` of the arena from `offset`; both are multiples of its alignment."""
 
     offset: int
@@ -161,11 +159,10 @@ class Arena:
         if taken is None:
             return None
         order = sorted(range(len(rounded)), key=rounded.__getitem__, reverse=True)
-        placed = dict(
-            zip(order, _split_extents(taken, map(rounded.__getitem__, order)), strict=True)
-        )
-        self._live.update((extent.offset, extent.nbytes) for extent in placed.values())
-        return tuple(placed[number] for number in range(len(sizes)))
+        extents = _split_extents(taken, map(rounded.__getitem__, order))
+        self._live.update([(extent.offset, extent.nbytes) for extent in extents])
+        placed = dict(zip(order, extents, strict=True))
+        return tuple(map(placed.__getitem__, range(len(sizes))))
 
     def reserve(self, extents: Iterable[Extent]) -> Self:
         """Allocate exactly these extents in an empty arena; return the arena."""
@@ -191,7 +188,7 @@ class Arena:
         """Free extents. Raise `InternalError`, and free none, unless each was allocated once."""
         returned = {extent.offset: extent.nbytes for extent in extents}
         live = self._live
-        if len(returned) != len(extents) or any(live.get(o) != n for o, n in returned.items()):
+        if len(returned) != len(extents) or not returned.items() <= live.items():
             raise InternalError(f"freed extents are not allocated: {extents}")
         for offset in returned:
             del live[offset]
@@ -216,13 +213,16 @@ def _count_by_size(rounded: Sequence[int]) -> Kinds:
     return tuple(sorted(Counter(rounded).items(), reverse=True))
 
 
-def _split_extents(taken: Iterable[Run], sizes: Iterator[int]) -> Iterator[Extent]:
+def _split_extents(taken: Iterable[Run], sizes: Iterator[int]) -> list[Extent]:
     """Cut the runs into extents of these sizes, in order."""
+    extents: list[Extent] = []
     for start, size in taken:
         offset = start
         while offset < start + size:
-            yield (extent := Extent(offset, next(sizes)))
-            offset += extent.nbytes
+            # As `Extent._make` does, without a call of Python code for each group.
+            extents.append(tuple.__new__(Extent, (offset, next(sizes))))
+            offset += extents[-1].nbytes
+    return extents
 
 
 def _join_neighbours(runs: Sequence[Run]) -> list[Run]:

@@ -657,7 +657,7 @@ class SlotQueue:
 
 def _head_identity(head: AdapterState) -> _HeadIdentity:
     waiters = head.waiters
-    return head.key, waiters.oldest, waiters.has_foreground, waiters.oldest_preempting
+    return head.key, waiters.oldest, bool(waiters.foreground), waiters.oldest_preempting
 
 
 class CopyQueue:
@@ -695,18 +695,20 @@ class CopyQueue:
 
     def submit(self) -> None:
         """Submit copies while there is room: foreground first, then the least finish tag."""
-        states = self._rules.states
-        while (key := self._queue.head) is not None and self._has_room(states[key]):
-            state = states[key]
+        while (key := self._queue.head) is not None:
+            state = self._rules.states[key]
+            if not self._has_room(state):
+                return
             groups = self._next_run(state)
             assert state.grant is not None
-            nbytes = sum(state.grant.extents[group].nbytes for group in groups)
+            nbytes = sum([state.grant.extents[group].nbytes for group in groups])
             for group in groups:
                 state.submitted |= 1 << group
             state.copying += 1
             state.copying_bytes += nbytes
             state.service_tag += nbytes
-            self._in_flight[key] = state
+            if state.copying == 1:
+                self._in_flight[key] = state
             self._copying += 1
             self._copying_bytes += nbytes
             image = state.image[groups[0]] if state.image is not None else None
@@ -769,7 +771,7 @@ class CopyQueue:
 
 
 def _is_foreground(state: AdapterState) -> bool:
-    return state.leases > 0 or state.waiters.has_foreground
+    return state.leases > 0 or bool(state.waiters.foreground)
 
 
 def _limit(state: AdapterState) -> int:

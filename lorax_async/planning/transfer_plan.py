@@ -6,9 +6,9 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, repeat
 from math import ceil
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import NamedTuple, Self
 
 from lorax_async.config import Limits
@@ -169,6 +169,10 @@ class _TargetRun:
     pitch: int = 0
 
 
+_NO_RUN = _TargetRun("", -1, -1, -1, -1)
+"""Ends where no tensor begins."""
+
+
 def _group_adjoining(runs: Iterable[_TargetRun]) -> Iterator[list[_TargetRun]]:
     """Group runs that are contiguous on the device and have the same dtype."""
     group: list[_TargetRun] = []
@@ -223,20 +227,28 @@ class _GroupPlanner:
         self.zeros: list[ZeroMove] = []
 
     def plan(self, layer: int, pairs: list[TensorPair]) -> GroupPlan:
-        modules, _, a, b, ranks, scales, _ = zip(*pairs, strict=True)
+        modules, _, a, b, ranks, scales, vectors_of = zip(*pairs, strict=True)
         multiple = self.target.rank_multiple
         padded = [rank + -rank % multiple for rank in ranks] if multiple > 1 else ranks
         ragged = {n for n, rank in enumerate(ranks) if rank < padded[n]} if multiple > 1 else set()
-        owned = [(pair.module, *vector) for pair in pairs for vector in pair.vectors]
-        offsets = self._place([*a, *b], [span for _, _, span in owned], ragged)
-        rows = tuple(map(TableRow, modules, offsets, offsets[len(a) :], ranks, padded, scales))
+        owned = []
+        if any(vectors_of):
+            owned = [(pair.module, *vector) for pair in pairs for vector in pair.vectors]
+        offsets = self._place([*a, *b], list(map(itemgetter(2), owned)), ragged)
+        cells = zip(modules, offsets, offsets[len(a) :], ranks, padded, scales, strict=False)
+        # As `TableRow._make` does, without a call of Python code for each of hundreds.
+        rows = tuple(map(tuple.__new__, repeat(TableRow), cells))
         vectors = tuple(
-            VectorPlace(module, part, offset, span.shape[0], span.dtype)
-            for (module, part, span), offset in zip(owned, offsets[2 * len(a) :], strict=True)
+            [
+                VectorPlace(module, part, offset, span.shape[0], span.dtype)
+                for (module, part, span), offset in zip(owned, offsets[2 * len(a) :], strict=True)
+            ]
         )
         reads: list[ReadMove] = []
         converts, casts = self.padded, list[_TargetRun]()
-        moved = [source for convert in converts for source in convert.sources]
+        moved = list[ByteSpan]()
+        for convert in converts:
+            moved += convert.sources
         for run in self.runs:
             moved.append(ByteSpan(run.start, run.stop, run.rows, run.pitch))
             if run.dtype == self.target.dtype:
@@ -244,7 +256,7 @@ class _GroupPlanner:
                 reads.append(ReadMove(run.start, nbytes, run.target, run.rows, run.pitch))
             else:
                 casts.append(run)
-        for runs in _group_adjoining(casts):
+        for runs in _group_adjoining(casts) if casts else ():
             converts.extend(self._cast(runs))
         converts.sort(key=attrgetter("file_offset"))
         moves = tuple(reads), tuple(converts), tuple(self.zeros)
@@ -263,10 +275,10 @@ class _GroupPlanner:
         """
         spans, count = [*matrices, *vectors], len(matrices)
         pairs = count // 2
-        starts = [span.start for span in spans]
+        starts = list(map(attrgetter("start"), spans))
         offsets = [0] * len(spans)
         dtype, alignment, _, _ = self.target
-        run = _TargetRun("", -1, -1, -1, -1)
+        run = _NO_RUN
         end = 0
         for n in sorted(range(len(spans)), key=starts.__getitem__):
             span = spans[n]
@@ -437,25 +449,27 @@ class TransferPlan:
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        return tuple(group.layer for group in self.groups)
+        return tuple([group.layer for group in self.groups])
 
     @cached_property
     def converted_bytes(self) -> tuple[int, ...]:
         """Bytes of the file that are cast or padded, by group."""
-        return tuple(sum(move.nbytes for move in group.converts) for group in self.groups)
+        nbytes = attrgetter("nbytes")
+        return tuple([sum(map(nbytes, group.converts)) for group in self.groups])
 
     @cached_property
     def has_vectors(self) -> bool:
-        return any(group.vectors for group in self.groups)
+        return any(map(attrgetter("vectors"), self.groups))
 
     @cached_property
     def _sizes(self) -> tuple[GroupSizes, GroupSizes]:
         groups = self.groups
+        starts = [group.spans[:1] for group in groups]
         sizes = GroupSizes(
-            tuple(group.nbytes for group in groups),
-            tuple(sorted(range(len(groups)), key=lambda n: groups[n].spans[:1])),
+            tuple([group.nbytes for group in groups]),
+            tuple(sorted(range(len(groups)), key=starts.__getitem__)),
             file_nbytes=self.file_bytes,
-            weight=sum(max(len(g.rows) + len(g.vectors), len(g.spans)) for g in groups),
+            weight=sum([max(len(g.rows) + len(g.vectors), len(g.spans)) for g in groups]),
         )
         return sizes, replace(sizes, holdable=True)
 
@@ -504,11 +518,11 @@ def plan_transfer(
     pairs = pair_tensors(header, spec, layout, limits)
     if cuts:
         pairs = cut_pairs(pairs, cuts)
+    by_layer = groupby(pairs, key=attrgetter("layer"))
     groups = tuple(
-        _GroupPlanner(target).plan(layer, list(members))
-        for layer, members in groupby(pairs, key=attrgetter("layer"))
+        [_GroupPlanner(target).plan(layer, list(members)) for layer, members in by_layer]
     )
-    nbytes = sum(group.nbytes for group in groups)
+    nbytes = sum([group.nbytes for group in groups])
     check_size(nbytes, f"as {target.dtype} on the device", limits)
     rank = max(map(attrgetter("rank"), pairs))
     return TransferPlan(groups, target.dtype, rank, nbytes, file_bytes)
