@@ -1,8 +1,8 @@
 """Sources that find out too late that an adapter's bytes are others, and devices to look into."""
 
 import tiny
+from gated_device import GatedDevice
 from lorax_async.config import LoaderConfig
-from lorax_async.devices.simulated import GatedDevice
 from lorax_async.errors import IntegrityError
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource

@@ -9,8 +9,8 @@ from typing import Any
 
 import tiny
 from common import until
+from gated_device import GatedDevice
 from lorax_async.config import LoaderConfig
-from lorax_async.devices.simulated import GatedDevice
 from lorax_async.errors import LoraxError
 from lorax_async.loader import AdapterLoader
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from common import until
+from gated_device import GatedDevice
 from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, errors
-from lorax_async.devices.simulated import GatedDevice
 from lorax_async.events import Event, LayerReady, Resident
 from lorax_async.files import Reader
 from lorax_async.lifecycle.arena import Arena

@@ -14,8 +14,8 @@ import pytest
 import safetensors.torch
 
 import tiny
+from gated_device import GatedDevice
 from lorax_async import AdapterHandle, AdapterKey, AdapterLoader, errors, files
-from lorax_async.devices.simulated import GatedDevice
 from lorax_async.sources import local
 from tiny_loaders import begin_copies, fails, gated, loader
 from tiny_sources import WEIGHTS

@@ -14,8 +14,9 @@ import pytest
 
 import tiny
 from common import mapped_files, open_files, our_threads, until
+from gated_device import GatedDevice
 from lorax_async import AdapterLoader, LoaderConfig, LocalRoot, Usage, errors
-from lorax_async.devices.simulated import GatedDevice, SimulatedDevice
+from lorax_async.devices.simulated import SimulatedDevice
 from lorax_async.files import FileReader, LocalPages
 from lorax_async.runtime.placement import TierName
 from lorax_async.testing import FakeSource, Step

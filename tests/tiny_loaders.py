@@ -7,8 +7,8 @@ from typing import TypeVar
 import pytest
 
 import tiny
+from gated_device import GatedDevice
 from lorax_async.config import LoaderConfig
-from lorax_async.devices.simulated import GatedDevice
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.placement import AdapterResidency
 from lorax_async.types import AdapterKey

@@ -26,45 +26,6 @@ POISON = 0x7E
 """A byte that is huge in F32 and BF16 and NaN in F16, so that its use in compute shows."""
 
 
-class GatedDevice(CpuDevice):
-    """A `CpuDevice` whose arena starts as poison, and whose copies can be held and failed.
-
-    Copies wait while `gate` is cleared. Those whose numbers, from 0, are in `failing` raise.
-    `copies` counts those that have begun.
-    """
-
-    name = "gated"
-
-    def __init__(self, layout: ModelLayout, *, dtype: str, nbytes: int, slots: int) -> None:
-        super().__init__(layout, dtype=dtype, nbytes=nbytes, slots=slots)
-        self.gate = threading.Event()
-        self.gate.set()
-        self.failing: set[int] = set()
-        self.copies = 0
-        self._count = threading.Lock()
-
-    def open(self) -> None:
-        super().open()
-        self._arena.fill_(POISON)
-
-    def let_through(self) -> None:
-        """Let the copies go on that have begun, and hold later ones."""
-        with self._count:
-            gate, self.gate = self.gate, threading.Event()
-        gate.set()
-
-    def copy(
-        self, piece: StagedPiece | None, rows: Sequence[TableRow], extent: Extent, slot: int
-    ) -> CopyTicket:
-        with self._count:
-            number, gate = self.copies, self.gate
-            self.copies += 1
-        gate.wait()
-        if number in self.failing:
-            raise TransferError(f"copy {number} was told to fail")
-        return super().copy(piece, rows, extent, slot)
-
-
 class SimulatedTicket(Future[None]):
     """A ticket that cannot be cancelled, because submitted work runs.
 

@@ -11,9 +11,10 @@ import device_groups as groups
 import pytest
 import torch
 
+from gated_device import GatedDevice
 from lorax_async.devices import cpu
 from lorax_async.devices.cpu import CpuDevice
-from lorax_async.devices.simulated import POISON, GatedDevice, SimulatedDevice
+from lorax_async.devices.simulated import POISON, SimulatedDevice
 from lorax_async.errors import CapacityError
 from lorax_async.lifecycle.arena import Extent
 

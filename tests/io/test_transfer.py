@@ -14,9 +14,10 @@ from device_groups import ARENA, LAYOUT, SHAPES, SLOTS, TORCH, BytesReader, exte
 
 from common import until
 from core.adapter_files import file_of, plan
+from gated_device import GatedDevice
 from lorax_async import AdapterFormatError, FetchError, InternalError, Limits, TransferError
 from lorax_async.devices.base import CopyTicket, Device, StagedPiece
-from lorax_async.devices.simulated import POISON, GatedDevice, SimulatedDevice
+from lorax_async.devices.simulated import POISON, SimulatedDevice
 from lorax_async.devices.staging import StagingRing
 from lorax_async.devices.transfer import GroupCopy, GroupTransfer
 from lorax_async.files import Reader

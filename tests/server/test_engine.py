@@ -16,9 +16,9 @@ import torch
 
 import tiny
 from common import our_threads, until
+from gated_device import GatedDevice
 from lorax_async import AdapterLoader, errors
 from lorax_async.devices.cpu import CpuDevice
-from lorax_async.devices.simulated import GatedDevice
 from lorax_async.scheduler.scheduler import AdapterScheduler
 from lorax_async.server.engine import DecoderStep, Engine, Sampler, Sampling, TokenStream
 from lorax_async.testing import FakeDecoder, FakeSource
