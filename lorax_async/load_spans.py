@@ -51,8 +51,8 @@ class LoadSpans:
 
     def __init__(self, loader: AdapterLoader, tracer: Tracer) -> None:
         self._tracer = tracer
-        self._calls: dict[int, _Call] = {}
-        self._by_key: dict[AdapterKey, list[_Call]] = {}
+        self._calls: dict[int, _SpanCall] = {}
+        self._by_key: dict[AdapterKey, list[_SpanCall]] = {}
         self._closed = False
         self._unsubscribe_calls = loader.subscribe(self._on_call, CallEvent)
         self._unsubscribe = loader.subscribe(self._on_event)
@@ -78,7 +78,7 @@ class LoadSpans:
             name, attributes = f"lorax {event.method}", {"lorax.adapter": text_of(event.ref)}
             span = self._tracer.start_span(name, attributes=attributes)
             if span.is_recording():
-                self._calls[event.call] = call = _Call(self._tracer, span)
+                self._calls[event.call] = call = _SpanCall(self._tracer, span)
                 call.enter("resolve")
         elif isinstance(event, CallWaits) and event.call in self._calls and not self._closed:
             call = self._calls[event.call]
@@ -107,7 +107,7 @@ class LoadSpans:
             self._unsubscribe_calls()
         call.end(event.error)
 
-    def _forget_key(self, call: _Call) -> None:
+    def _forget_key(self, call: _SpanCall) -> None:
         if call.key is not None:
             self._by_key[call.key].remove(call)
             if not self._by_key[call.key]:
@@ -115,7 +115,7 @@ class LoadSpans:
             call.key = None
 
 
-class _Call:
+class _SpanCall:
     """A call in progress: its span, and the child span of its stage, if any."""
 
     def __init__(self, tracer: Tracer, span: Span) -> None:

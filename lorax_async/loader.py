@@ -34,7 +34,7 @@ from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.runtime.leases import Lease
 from lorax_async.runtime.placement import TIERS, Placement, TierName
 from lorax_async.sources.base import Source
-from lorax_async.telemetry import Call, Statistics, Tracer, name_of
+from lorax_async.telemetry import LoadCall, Statistics, Tracer, name_of
 from lorax_async.tracing import TRACE_LIMIT, Trace
 from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref, as_refs, text_of
 
@@ -279,7 +279,7 @@ class AdapterLoader:
         self._check_open()
         seconds = self.config.seconds(timeout)
         name = "stream" if tier is WantedTier.STREAM else "load"
-        with Call(self._driver.telemetry, name, ref):
+        with LoadCall(self._driver.telemetry, name, ref):
             lease = await self._acquiring.acquire(
                 ref, tier, seconds, priority=priority, preempts=preempts
             )
@@ -355,7 +355,7 @@ class AdapterLoader:
         """
         self._check_open()
         ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
-        with Call(self._driver.telemetry, "pin", ref):
+        with LoadCall(self._driver.telemetry, "pin", ref):
             await self._acquiring.pin(ref, seconds, priority=priority)
 
     def unpin(self, adapter_id: AdapterId) -> bool:

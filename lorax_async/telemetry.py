@@ -61,7 +61,7 @@ _call: ContextVar[int | None] = ContextVar("number of a loader's call", default=
 _call_numbers = count(1)
 
 
-class Call:
+class LoadCall:
     """The block of a waiting caller's call: publishes its beginning and end, counts its error.
 
     No generator, which would take a µs more of every hit.

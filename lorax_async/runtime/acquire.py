@@ -94,7 +94,7 @@ class PrefetchedKeys:
 
 
 @dataclass(slots=True)
-class _LoadCall:
+class _Acquisition:
     """A call of `acquire`, with the version and the waiter of its last attempt.
 
     `known` is the key of the ref if no source has to be asked for it. `failed` counts the attempts
@@ -153,7 +153,7 @@ class Acquirer:
                 if known is not None and tier >= WantedTier.STREAM:
                     lease = self.driver.waiter_table.lease_resident(known)
                 if lease is None:
-                    call = _LoadCall(ref, tier, priority, siblings, preempts, known)
+                    call = _Acquisition(ref, tier, priority, siblings, preempts, known)
                     lease = await self._acquire(call, seconds)
             except BaseException as error:
                 span.set(**_outcome_of(error))
@@ -171,7 +171,7 @@ class Acquirer:
         key = self.resolver.recent(ref, look=True)
         return None if key is None or is_stale(key) else key
 
-    async def _acquire(self, call: _LoadCall, seconds: float) -> Lease | None:
+    async def _acquire(self, call: _Acquisition, seconds: float) -> Lease | None:
         """Acquire through a waiter. A known key of local files is resolved only for a retry."""
         ref, granted = call.ref, False
         if isinstance(ref, AdapterKey):
@@ -206,7 +206,7 @@ class Acquirer:
                 raise failed from problem
             raise
 
-    async def _begin(self, call: _LoadCall) -> PendingLoad:
+    async def _begin(self, call: _Acquisition) -> PendingLoad:
         """Resolve the ref and add its waiter."""
         key, call.known = call.known, None
         if key is None or not key.files:
@@ -223,7 +223,7 @@ class Acquirer:
         )
         return call.waiter
 
-    async def _begin_prefetch(self, call: _LoadCall) -> PendingLoad:
+    async def _begin_prefetch(self, call: _Acquisition) -> PendingLoad:
         """Add the waiter of a prefetch, and wait until it is opened."""
         assert call.siblings is not None
         # The threads' queues are FIFO: a load must not queue behind thousands of prefetches.
@@ -239,7 +239,9 @@ class Acquirer:
         key = self.resolver.known(ref)
         return key is not None and key in self.driver.lease_table.occupancies
 
-    async def _require_retry(self, call: _LoadCall, key: AdapterKey, error: AdapterError) -> None:
+    async def _require_retry(
+        self, call: _Acquisition, key: AdapterKey, error: AdapterError
+    ) -> None:
         """Raise the error unless the adapter was evicted, or its ref means another version now."""
         if isinstance(error, EvictedError | LeftoverError):
             call.failed += 1

@@ -173,7 +173,6 @@ class Assembly:
             Lifecycle(budgets, times),
             source=self.store.source,
             telemetry=self.store.telemetry,
-            device=device,
             transfer=GroupTransfer(
                 device,
                 staging,

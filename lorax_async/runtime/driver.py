@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 
 from lorax_async.concurrency import Inbox, running_loop
-from lorax_async.devices.base import Device
 from lorax_async.devices.transfer import CopyRun, CopyThreads, GroupTransfer
 from lorax_async.errors import (
     AdapterFormatError,
@@ -71,7 +70,6 @@ class Driver:
         *,
         source: Source,
         telemetry: Telemetry,
-        device: Device,
         transfer: GroupTransfer,
         planner: TransferPlanner,
         num_layers: int,
@@ -81,7 +79,7 @@ class Driver:
         before_use: bool = False,
     ) -> None:
         self.lifecycle = lifecycle
-        self.device = device
+        self.device = transfer.device
         self.telemetry = telemetry
         self.lease_table = LeaseTable(lifecycle, num_layers, self._lease_ended, self._lease_quiet)
         self.files = FetchTasks(

@@ -369,6 +369,8 @@ class PinTable:
         self._pins = {name: pin for name, pin in self._pins.items() if pin[0] != key}
 
 
+# -- digests of callers ----------------------------------------------------------------------------
+
 MAX_DIGESTS = 65_536
 """Digests of weights kept; the oldest is dropped first."""
 
@@ -397,10 +399,19 @@ class DigestChecks:
         expected = expected_digest(ref)
         if expected is None:
             return None
-        digest = self._known_digest(key, known) or await self._hash(key)
-        if digest != expected:
-            raise _mismatch(key, digest, expected)
-        return Verification("sha256", expected)
+        digest = self._known_digest(key, known)
+        if digest is None:
+            with self._hashing.join(key) as task:
+                digest = await result_of(task, "verify", self._check_open)
+        if digest == expected:
+            return Verification("sha256", expected)
+        raise IntegrityError(
+            f"its weights have the sha256 {digest}, not {expected} as requested; request the"
+            " version with that digest, or correct the digest",
+            key=key,
+            stage="verify",
+            retryable=False,
+        )
 
     def agrees(self, ref: Ref, key: AdapterKey, known: Verification | None) -> bool:
         """Return whether the digest in `ref`, if any, is known to match."""
@@ -438,22 +449,8 @@ class DigestChecks:
         digest = known.digest if known is not None and by_sha256 else None
         return digest or self._known.get(key)
 
-    async def _hash(self, key: AdapterKey) -> str:
-        with self._hashing.join(key) as task:
-            return await result_of(task, "verify", self._check_open)
-
     async def _run(self, key: AdapterKey) -> str:
         digest = self._known[key] = await self._source.digest(key)
         if len(self._known) > MAX_DIGESTS:
             del self._known[next(iter(self._known))]
         return digest
-
-
-def _mismatch(key: AdapterKey, digest: str, expected: str) -> IntegrityError:
-    return IntegrityError(
-        f"its weights have the sha256 {digest}, not {expected} as requested; request the"
-        " version with that digest, or correct the digest",
-        key=key,
-        stage="verify",
-        retryable=False,
-    )

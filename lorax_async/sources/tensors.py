@@ -204,7 +204,7 @@ class MemorySource:
                 ended = await asyncio.wrap_future(running)
         except BaseException:
             # A thread that still copies uses the memory.
-            running.add_done_callback(lambda _: copy.leave())
+            running.add_done_callback(lambda _: copy.release())
             raise
         self.copies.put(copy, snapshot.key, config, snapshot.content)
         return snapshot.key
@@ -290,7 +290,7 @@ class HostCopy:
             self._users += 1
         return CopyReader(self)
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """End one use: a reader's, or that of `HostCopies`."""
         with self._lock:
             self._users -= 1
@@ -310,7 +310,7 @@ class CopyReader:
             raise problem
 
         self.copy = copy
-        self._copy = SharedResource("the reader", HostCopy.leave, opened=copy, open=missing)
+        self._copy = SharedResource("the reader", HostCopy.release, opened=copy, open=missing)
 
     @property
     def nbytes(self) -> int:
@@ -373,7 +373,7 @@ class HostCopies:
         copy.key, copy.config, copy.content = key, config, content
         known = self.get(key)
         if known is not None:
-            copy.leave()
+            copy.release()
             return known
         self._copies[key] = copy
         self.notify()
@@ -386,7 +386,7 @@ class HostCopies:
         """Drop a copy. Open readers stay valid."""
         copy = self._copies.pop(key, None)
         if copy is not None:
-            copy.leave()
+            copy.release()
 
     def clear(self) -> None:
         for key in tuple(self._copies):
@@ -395,8 +395,8 @@ class HostCopies:
     async def reserve(self, nbytes: int, check_open: Callable[[], None]) -> HostCopy:
         """Reserve memory, in the order of the calls.
 
-        Return it as a copy to fill; its `leave` ends the reservation. `check_open` raises once the
-        loader is closing. Raise `CapacityError` if the copies that must stay leave too little.
+        Return it as a copy to fill; its `release` ends the reservation. `check_open` raises once
+        the loader is closing. Raise `CapacityError` if the copies that must stay leave too little.
         """
         async with self._order:
             while True:
