@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-
-from common import LOOPS, Run, mapped_files, open_files, open_sockets, our_threads
+from event_loops import LOOPS, Run
+from leaks import mapped_files, open_files, open_sockets, our_threads
 from tools import INSTALLED_BY, tool
 
 

@@ -9,9 +9,9 @@ from threading import TIMEOUT_MAX
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
-import tiny
 from lorax_async import (
     AdapterLoader,
     AdapterRef,

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+from tiny_loaders import loader
 
 import lorax_async
-import tiny
 from lorax_async import (
     AdapterLoader,
     AdapterScheduler,
@@ -30,7 +31,6 @@ from lorax_async.engines.transformers import attach
 from lorax_async.errors import FetchError, IntegrityError, LoraxError, shorten
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.types import AdapterKey, AdapterRef, as_ref
-from tiny_loaders import loader
 
 RETRYABLE = {
     *("AdapterTimeoutError", "FetchError", "FetchTimeoutError", "EvictedError", "IntegrityError"),

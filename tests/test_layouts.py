@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import tiny
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-import tiny
 from lorax_async import AdapterNotFoundError, ConfigError, Limits, Shard, layouts
 from lorax_async.errors import AdapterFormatError as Malformed
 from lorax_async.errors import UnsupportedAdapterError as Unsupported

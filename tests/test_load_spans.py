@@ -7,19 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from event_loops import until
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter as Kept
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import ProxyTracerProvider, StatusCode, Tracer, get_tracer_provider
-
-from common import until
-from lorax_async import AdapterLoader, errors
-from lorax_async.load_spans import LoadSpans
-from scheduling.serving import warm
+from scheduler_world import warm
 from tiny_loaders import fails
 from tiny_sources import over, stocked
+
+from lorax_async import AdapterLoader, errors
+from lorax_async.load_spans import LoadSpans
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

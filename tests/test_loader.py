@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import torch
-
 import tiny
-from common import until
-from core.adapter_files import file_of
+import torch
+from adapter_files import file_of
+from cancellation_sweep import our_tasks
+from event_loops import until
+from tiny_loaders import ONE, fails, gated, loader
+from tiny_sources import Slowed, over, state, stocked, where
+
 from lorax_async import AdapterLoader, errors, events
 from lorax_async.events import BytesMoved, Event, LayerReady, Leaving, Resident, SlotGranted
 from lorax_async.planning.transfer_plan import plan_transfer
@@ -24,9 +27,6 @@ from lorax_async.runtime import fetches
 from lorax_async.telemetry import STORY_LENGTH
 from lorax_async.testing import FakeSource, Step
 from lorax_async.types import AdapterKey, AdapterRef, Ref
-from sweeping import our_tasks
-from tiny_loaders import ONE, fails, gated, loader
-from tiny_sources import Slowed, over, state, stocked, where
 
 Patch = pytest.MonkeyPatch
 

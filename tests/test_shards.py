@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded_base as sharded
+import tiny
 import torch
+from late_device.world import loaded
+from peft_adapters import llama
+from tiny_loaders import fails
 from torch import Tensor
 
-import sharded
-import tiny
-from engines.variants import llama
-from late_device.world import loaded
 from lorax_async import AdapterLoader, LoaderConfig, Shard, layouts
 from lorax_async.devices.base import Device
 from lorax_async.devices.cuda import CudaDevice
@@ -25,7 +26,6 @@ from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.sources.base import Source
 from lorax_async.testing import FakeSource
 from lorax_kernels import Plan, apply
-from tiny_loaders import fails
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

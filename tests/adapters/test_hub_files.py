@@ -10,10 +10,10 @@ from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
+import small_base as base
 from hub_stand_in import HubStandIn, Reply
 from huggingface_hub import constants, hf_hub_download
 
-from adapters import small_base as base
 from lorax_async import errors
 from lorax_async.adapters.lora import LoraConfig
 from lorax_async.adapters.weights_file import WeightsFile

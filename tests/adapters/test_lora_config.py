@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import hub_cache
 import huggingface_hub
 import peft
 import pytest
+import small_base as base
 import torch
+from small_base import WEIGHTS
 
-from adapters import hub_cache
-from adapters import small_base as base
-from adapters.small_base import WEIGHTS
 from engines.conftest import watched
 from lorax_async import errors
 from lorax_async.adapters import lora

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import tiny
 import torch
+from tiny_sources import WEIGHTS
 
 import lorax_async
-import tiny
 from lorax_async import AdapterLoader, Limits, LoaderConfig, errors
 from lorax_async.adapters import (
     AdapterParameters,
@@ -22,7 +23,6 @@ from lorax_async.adapters import (
     merging,
 )
 from lorax_async.sources.local import open_weights
-from tiny_sources import WEIGHTS
 
 Patch = pytest.MonkeyPatch
 pytestmark = pytest.mark.usefixtures("nothing_left")

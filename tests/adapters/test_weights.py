@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_base as base
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft_adapters import llama, wrapped
 from safetensors.torch import save_file
+from small_base import HIDDEN, KEY_VALUE, QKV, SHAPES, Linear, load, loaded
 from torch import Tensor
 
-from adapters import small_base as base
-from adapters.small_base import HIDDEN, KEY_VALUE, QKV, SHAPES, Linear, load, loaded
-from engines.variants import llama, wrapped
 from lorax_async import errors, layouts
 from lorax_async.adapters.layers import LayoutModel, padded_rank
 from lorax_async.adapters.lora import LoraConfig, LoraWeights

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_base as base
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
-from adapters import small_base as base
-from adapters.small_base import WEIGHTS, loaded
-from common import Run, open_files, until
-from engines.conftest import watched
+from event_loops import Run, until
 from late_device.world import LATE
 from late_device.world import loaded as late_device
+from leaks import open_files
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from small_base import WEIGHTS, loaded
+
+from engines.conftest import watched
 from lorax_async import errors
 from lorax_async.adapters.layers import LayoutModel
 from lorax_async.adapters.lora import LoraConfig, LoraWeights

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
 import tiny
-from engines import vllm_doubles
-from engines.variants import llama, save, serving
+import torch
+import vllm_doubles
+from peft_adapters import llama, save, serving
+
 from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.engines.transformers import AttachedModel
 from lorax_async.handle import AdapterHandle

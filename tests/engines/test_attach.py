@@ -14,15 +14,17 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import tiny
 import torch
+from event_loops import until
+from false_bytes import told_false
+from peft_adapters import EVERY, adapted, llama, logits_of, prompt, save, serving
+from tiny_loaders import fails
+from tiny_sources import state
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tiny
-from common import until
 from engines.conftest import Served
-from engines.variants import EVERY, adapted, llama, logits_of, prompt, save, serving
-from false_bytes import told_false
 from lorax_async import layouts
 from lorax_async.config import LoaderConfig
 from lorax_async.engines.transformers import attach
@@ -30,8 +32,6 @@ from lorax_async.errors import ConfigError, HandleClosedError, IntegrityError, U
 from lorax_async.loader import AdapterLoader
 from lorax_async.testing import FakeSource
 from lorax_kernels import Plan
-from tiny_loaders import fails
-from tiny_sources import state
 
 Patch = pytest.MonkeyPatch
 Paths = list[Path]

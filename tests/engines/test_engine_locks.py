@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from observed_lock import ObservedLock
 
 from lorax_async.engines import batch as batch_module
 from lorax_async.engines import layer_gate
@@ -18,7 +19,6 @@ from lorax_async.engines.layer_gate import LayerGate
 from lorax_async.errors import FetchError, UsageError
 from lorax_async.events import SlotId
 from lorax_async.telemetry import Tracer
-from telling import TellingLock
 
 
 class Meeting:
@@ -29,8 +29,8 @@ class Meeting:
         self._came, self._go_on, self._left = Event(), Event(), at
         self._first: int | None = None
 
-    def lock(self) -> TellingLock:
-        return TellingLock(self._go_on)
+    def lock(self) -> ObservedLock:
+        return ObservedLock(self._go_on)
 
     def step(self) -> None:
         if get_ident() == self._first and not self.halted:

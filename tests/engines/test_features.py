@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import Any
 from weakref import ref
 
+import peft_adapters as variants
 import pytest
+import tiny
 import torch
 import transformers
+from event_loops import until
+from late_device.world import LATE, bytes_now, loaded, new_stream
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft_adapters import adapted, llama, logits_of, logits_with, pefts, prompt, save, serving
 from safetensors.torch import load_file, save_file
+from tiny import assert_same, weights_of
 from torch import nn
 
-import tiny
-from common import until
-from engines import variants
 from engines.conftest import watched
-from engines.variants import adapted, llama, logits_of, logits_with, pefts, prompt, save, serving
-from late_device.world import LATE, bytes_now, loaded, new_stream
 from lorax_async import layouts
 from lorax_async.config import LoaderConfig, Shard
 from lorax_async.engines.batch import AdaptedModule, DoraFactors
@@ -31,7 +32,6 @@ from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, Usag
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import Module, Parallelism
 from lorax_async.testing import FakeSource
-from tiny import assert_same, weights_of
 
 Patch = pytest.MonkeyPatch
 

@@ -7,12 +7,14 @@ from threading import Event
 from typing import Any
 
 import pytest
-import torch
-
 import tiny
-from common import until
+import torch
+from event_loops import until
+from peft_adapters import active, llama, logits_of, prompt, serving, streaming
+from scheduler_page import functions
+from tiny_loaders import fails
+
 from engines.conftest import Call, Served, watched
-from engines.variants import active, llama, logits_of, prompt, serving, streaming
 from lorax_async.devices.transfer import GroupTransfer
 from lorax_async.errors import AdapterTimeoutError, FetchError, HandleClosedError, UsageError
 from lorax_async.handle import AdapterHandle
@@ -20,8 +22,6 @@ from lorax_async.scheduler.requests import Request
 from lorax_async.scheduler.scheduler import AdapterScheduler, Batch
 from lorax_async.testing import FakeSource
 from lorax_kernels import dense
-from scheduling.page import functions
-from tiny_loaders import fails
 
 Paths = list[Path]
 Patch = pytest.MonkeyPatch

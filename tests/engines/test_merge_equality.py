@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple
 import pytest
 import torch
 from peft import PeftModel
+from peft_adapters import llama, save
 from safetensors.torch import load_file
 from torch import nn
 
-from engines.variants import llama, save
 from lorax_async import adapters as lorax
 from lorax_async import layouts
 from lorax_async.adapters import (

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import peft_adapters as variants
 import pytest
 import torch
+from late_device.world import loaded
+from peft_adapters import ATTENTION, EVERY, VARIANTS, Variant, active, logits_of, serving
 from safetensors.torch import load_file
 
-from engines import variants
-from engines.variants import ATTENTION, EVERY, VARIANTS, Variant, active, logits_of, serving
-from late_device.world import loaded
 from lorax_async import layouts
 from lorax_async.config import LoaderConfig
 from lorax_async.devices.cuda import CudaDevice

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from event_loops import until
 from hub_stand_in import HubStandIn
 from hub_stand_in import Reply as HubReply
+from vllm_doubles import Engine, Lora, LoRARequest, Reply, Server, digest, running, settings
 
-from common import until
-from engines.vllm_doubles import Engine, Lora, LoRARequest, Reply, Server, digest, running, settings
 from lorax_async.engines.vllm.served_adapters import ServedAdapters
 from lorax_async.engines.vllm.worker import FILES, BuiltWeights
 from vllm_stage import write_adapter

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from event_loops import until
 from hub_stand_in import ADAPTER, HubStandIn
+from leaks import open_files
+from vllm_doubles import Engine, Lora, LoRARequest, serving, settings
 
-from common import open_files, until
-from engines.vllm_doubles import Engine, Lora, LoRARequest, serving, settings
 from lorax_async import AdapterRef, AdapterStore, ConfigError, LoraxError, StoreConfig
 from lorax_async.engines.vllm.notices import receive_notices, send_notice
 from lorax_async.engines.vllm.plugin import notice_host

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-
-from lorax_kernels import Operands, Plan, apply
 from sgmv.cases import BY_HAND, DTYPES, SIGNED, Case, World, full_grid, pairwise
 
-TESTS, SOAK = Path(__file__).parents[1], pytest.mark.soak
+from lorax_kernels import Operands, Plan, apply
+
+WORLDS, SOAK = Path(__file__).parents[1] / "worlds", pytest.mark.soak
 pytestmark = [pytest.mark.needs("triton"), pytest.mark.slow]
 
 
@@ -50,7 +50,7 @@ class Tables:
 )
 def test_interpreted_and_compiled(module: str, parts: list[str], timeout: float) -> None:
     """In a process: Triton reads once what it is to do, and a stray access ends the process."""
-    paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
+    paths = [str(WORLDS), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-m", f"sgmv.{module}", *parts],
         capture_output=True,

@@ -12,20 +12,20 @@ from typing import Any
 
 import openai
 import pytest
+import tiny
+from event_loops import until
 from fastapi.responses import JSONResponse
 from fastapi.routing import iter_route_contexts
+from server_world import TOKEN, Answer, FakeEngine, World, loading, serving
+from tiny_loaders import fails, on_device
+from tiny_loaders import loader as tiny_loader
+from tiny_sources import over, stocked
 
-import tiny
-from common import until
 from engines.conftest import watched
 from lorax_async.errors import FetchError
 from lorax_async.server.app import FILES, create_app
 from lorax_async.testing import FakeSource
 from lorax_async.types import AdapterKey, AdapterRef
-from server.world import TOKEN, Answer, FakeEngine, World, loading, serving
-from tiny_loaders import fails, on_device
-from tiny_loaders import loader as tiny_loader
-from tiny_sources import over, stocked
 
 Patch = pytest.MonkeyPatch
 LOAD, UNLOAD, ADAPTERS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters"

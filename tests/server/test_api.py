@@ -12,10 +12,7 @@ from openai import DefaultAsyncHttpxClient
 from openai.types import Completion, CompletionUsage, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
-from tokenizers import Tokenizer, decoders, models
-
-from lorax_async.server.completions import Detokenizer, StopStrings
-from server.world import (
+from server_world import (
     COMPLETIONS,
     MAX_LENGTH,
     FakeEngine,
@@ -25,6 +22,9 @@ from server.world import (
     tokenizer,
     tokens_of,
 )
+from tokenizers import Tokenizer, decoders, models
+
+from lorax_async.server.completions import Detokenizer, StopStrings
 
 CHATS = "/v1/chat/completions"
 HI: Any = [{"role": "user", "content": "hi"}]

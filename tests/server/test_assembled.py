@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import server_world as fakes
 import torch
+from decode_world import GREEDY, all_of
+from event_loops import until
 from hub_stand_in import HubStandIn
+from leaks import our_threads
 from openai import NotFoundError
+from peft_adapters import PEFT_WARNING, active, save
+from server_world import TOKEN, Answer, FakeEngine, World, echo, listening, loading, serving
+from tiny_loaders import fails, on_device
 from transformers import LlamaForCausalLM
 from user_loads import at, contents, loader, written
 
-from common import our_threads, until
-from engines.variants import PEFT_WARNING, active, save
 from lorax_async.cli.command_line import as_source
 from lorax_async.cli.serve import find_adapters, request_sources, server_loader_settings
 from lorax_async.config import LoaderConfig
@@ -28,10 +33,6 @@ from lorax_async.server.engine import Generation, Sampling
 from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.service import ServedModel, ServerCapacity, Service, open_service
 from lorax_async.types import AdapterRef
-from server import world as fakes
-from server.generating import GREEDY, all_of
-from server.world import TOKEN, Answer, FakeEngine, World, echo, listening, loading, serving
-from tiny_loaders import fails, on_device
 
 closed = pytest.mark.usefixtures("nothing_left", "hub_client")
 pytestmark = [pytest.mark.filterwarnings(PEFT_WARNING), closed]

@@ -13,17 +13,17 @@ from typing import Any, cast
 from unittest.mock import AsyncMock
 
 import pytest
+from event_loops import Run, until
+from server_world import COMPLETIONS, POST, FakeEngine, FakeTokens, World, request, saying, serving
 from starlette.requests import ClientDisconnect
+from tiny_loaders import fails
 
-from common import Run, until
 from lorax_async.errors import LoaderClosedError, UsageError
 from lorax_async.server.app import DrainingServer, listen
 from lorax_async.server.completions import GeneratedResponse
 from lorax_async.server.request_bodies import CompletionBody, parse_body
 from lorax_async.server.responses import ABORT, Refusal
 from lorax_async.server.service import RequestScope
-from server.world import COMPLETIONS, POST, FakeEngine, FakeTokens, World, request, saying, serving
-from tiny_loaders import fails
 
 pytestmark = pytest.mark.usefixtures("no_socket_left")
 

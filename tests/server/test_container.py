@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tools import tool
+from web_servers import free_port, running
 
 from lorax_async.cli.serve import ADMIN_TOKEN, API_KEY
-from servers import free_port, running
-from tools import tool
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "examples" / "docker"

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
+from decode_world import all_of, asked
+from event_loops import until
+from peft_adapters import PEFT_WARNING, active, logits_of, serving, streaming
 from transformers import PreTrainedConfig
 
-import tiny
-from common import until
 from engines.conftest import watched
-from engines.variants import PEFT_WARNING, active, logits_of, serving, streaming
 from lorax_async.engines.transformers import AttachedModel
 from lorax_async.errors import AdapterTimeoutError, ConfigError, FetchError, UsageError
 from lorax_async.handle import AdapterHandle
@@ -34,7 +35,6 @@ from lorax_async.server.engine import (
 )
 from lorax_async.server.transformers_decoder import BLOCK, KVCache, TransformersDecoder
 from lorax_async.testing import FakeSource
-from server.generating import all_of, asked
 
 Patch = pytest.MonkeyPatch
 Paths = list[Path]

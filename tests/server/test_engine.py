@@ -12,21 +12,22 @@ from typing import Any
 from unittest.mock import AsyncMock, Mock
 
 import pytest
-import torch
-
 import tiny
-from common import our_threads, until
+import torch
+from decode_world import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone, asked, generating
+from event_loops import until
 from gated_device import GatedDevice
+from leaks import our_threads
+from scheduler_world import opened, warm
+from tiny_loaders import begin_copies, fails, gated
+from tiny_sources import stocked
+
 from lorax_async import AdapterLoader, errors
 from lorax_async.devices.cpu import CpuDevice
 from lorax_async.scheduler.scheduler import AdapterScheduler
 from lorax_async.server.engine import DecoderStep, Engine, Sampler, Sampling, TokenStream
 from lorax_async.testing import FakeDecoder, FakeSource
 from lorax_async.types import AdapterKey
-from scheduling.serving import opened, warm
-from server.generating import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone, asked, generating
-from tiny_loaders import begin_copies, fails, gated
-from tiny_sources import stocked
 
 Patch = pytest.MonkeyPatch
 

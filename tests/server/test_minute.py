@@ -17,6 +17,7 @@ import pytest
 import torch
 import uvloop
 from openai import APIStatusError, AsyncOpenAI
+from server_world import listening
 
 from link import Link
 from lorax_async.cli import serve
@@ -25,7 +26,6 @@ from lorax_async.engines.smollm2 import prepare_base
 from lorax_async.ids import Allow
 from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.service import ServedModel, ServerCapacity, open_service
-from server.world import listening
 
 pytestmark = [pytest.mark.usefixtures("nothing_left", "no_socket_left"), pytest.mark.slow]
 

@@ -7,14 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi.routing import iter_route_contexts
-from tokenizers import processors
-
 import tiny
-from lorax_async.errors import AccessDeniedError
-from lorax_async.server.app import FILES, create_app
-from lorax_async.server.request_bodies import CompletionBody, PromptEncoder, parse_body
-from server.world import (
+from fastapi.routing import iter_route_contexts
+from server_world import (
     MAX_LENGTH,
     TOKEN,
     Answer,
@@ -25,6 +20,11 @@ from server.world import (
     tokenizer,
     tokens_of,
 )
+from tokenizers import processors
+
+from lorax_async.errors import AccessDeniedError
+from lorax_async.server.app import FILES, create_app
+from lorax_async.server.request_bodies import CompletionBody, PromptEncoder, parse_body
 
 API_KEY = "k"
 KEYS = {"apiKey": f"Bearer {API_KEY}", "adminToken": f"Bearer {TOKEN}"}

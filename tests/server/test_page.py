@@ -14,18 +14,18 @@ from unittest.mock import MagicMock, Mock
 from urllib.parse import quote
 
 import pytest
-
 import tiny
-from common import until
+from chrome_format import require_trace
+from event_loops import until
+from server_world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, loading, saying, serving
+from tiny_loaders import ONE, fails, gated
+from tiny_loaders import loader as tiny_loader
+from tiny_sources import over, stocked
+
 from lorax_async.errors import AdapterFormatError, CapacityError
 from lorax_async.server import app, monitoring
 from lorax_async.server.server_settings import ModelNames
 from lorax_async.tracing import Trace
-from server.world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, loading, saying, serving
-from tiny_loaders import ONE, fails, gated
-from tiny_loaders import loader as tiny_loader
-from tiny_sources import over, stocked
-from tracing.chrome_format import require_trace
 
 Patch = pytest.MonkeyPatch
 EVENTS, TRACE = "/page/events", "/page/trace.json"

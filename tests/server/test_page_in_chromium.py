@@ -15,9 +15,9 @@ from time import monotonic
 from typing import Any
 
 import pytest
-
-from server.test_serve_command import TOKEN, served
 from tools import tool
+
+from cli.test_serve import TOKEN, served
 
 pytestmark = [pytest.mark.needs("chromium"), pytest.mark.needs("playwright"), pytest.mark.slow]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from server_world import llama_config, tokenizer
 from transformers import LlamaForCausalLM
 
 from lorax_async.config import LoaderConfig
 from lorax_async.server.ray_serve import AdapterServer, adapter_of
-from server.world import llama_config, tokenizer
 
 REQUEST = {"model": "b", "prompt": "once", "max_tokens": 40, "stream": True}
 SCOPE = {

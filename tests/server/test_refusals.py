@@ -11,11 +11,15 @@ from typing import Any
 
 import openai
 import pytest
+import server_world as fakes
+import tiny
 from pydantic import ValidationError
+from server_world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, echo, loading, serving
 from starlette.requests import HTTPConnection
+from tiny_loaders import fails
+from tiny_loaders import loader as tiny_loader
 
 import lorax_async as la
-import tiny
 from engines.conftest import watched
 from lorax_async.cli.serve import choose_hosts
 from lorax_async.errors import ConfigError, LoraxError, UsageError
@@ -24,10 +28,6 @@ from lorax_async.server.app import listen
 from lorax_async.server.request_bodies import ChatBody, CompletionBody, GenerationBody, parse_body
 from lorax_async.server.responses import INTERNAL, Refusal, create_refusal
 from lorax_async.server.server_settings import ServerSettings, identify_client
-from server import world as fakes
-from server.world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, echo, loading, serving
-from tiny_loaders import fails
-from tiny_loaders import loader as tiny_loader
 
 Patch = pytest.MonkeyPatch
 PLAIN = {"model": "base", "prompt": "x"}

@@ -12,16 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from openai import DefaultHttpxClient, NotFoundError, OpenAI
-from transformers import LlamaForCausalLM
-
 import tiny
-from common import until
-from engines.variants import PEFT_WARNING, save
-from lorax_async.errors import AdapterTimeoutError, CapacityError, LoraxError
-from lorax_async.server.server_log import log_adapters
-from server.world import (
+import torch
+from event_loops import until
+from openai import DefaultHttpxClient, NotFoundError, OpenAI
+from peft_adapters import PEFT_WARNING, save
+from server_world import (
     COMPLETIONS,
     FakeEngine,
     FakeTokens,
@@ -34,6 +30,10 @@ from server.world import (
 )
 from tiny_loaders import ONE, fails
 from tiny_loaders import loader as tiny_loader
+from transformers import LlamaForCausalLM
+
+from lorax_async.errors import AdapterTimeoutError, CapacityError, LoraxError
+from lorax_async.server.server_log import log_adapters
 
 PLAIN = {"model": "base", "prompt": "abc"}
 Log = pytest.LogCaptureFixture

@@ -13,16 +13,16 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from event_loops import until
+from scheduler_world import warm
+from tiny_loaders import loader
+from tiny_sources import is_resident, over, stocked
 
-from common import until
 from engines.conftest import watched
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.placement import Placement
 from lorax_async.server.warm_list import WarmList
 from lorax_async.types import AdapterRef
-from scheduling.serving import warm
-from tiny_loaders import loader
-from tiny_sources import is_resident, over, stocked
 
 Patch = pytest.MonkeyPatch
 

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from hub_stand_in import HubStandIn
 from user_loads import at, contents
-
-import tiny
-from servers import CachingProxy, Nginx, caching_proxy, free_port, nginx
+from web_servers import CachingProxy, Nginx, caching_proxy, free_port, nginx
 
 if find_spec("ray") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -211,7 +210,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         # The proxy is killed three times this after its start; a fresh venv has no compiled code.
         patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", f"{HERE.parents[1]}", prepend=":")
+        paths = f"{HERE.parents[1]}:{HERE.parents[1] / 'worlds'}"
+        patch.setenv("PYTHONPATH", paths, prepend=":")
         world = World(root, origin, proxy, hub)
         for number in range(MANY):
             name = f"a{number:03}"

@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-
 import tiny
+
 from engines.ray_serve.conftest import (
     ADAPTERS,
     MANY,

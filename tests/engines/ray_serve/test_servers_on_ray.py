@@ -8,11 +8,11 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
+from peft_adapters import active, save
+from server_world import llama_config, tokenizer
 from transformers import LlamaForCausalLM
 
-from engines.variants import active, save
 from lorax_async.config import LoaderConfig
-from server.world import llama_config, tokenizer
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]  # Ray's own
 

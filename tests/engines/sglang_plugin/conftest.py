@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft_adapters import llama, save
 
-from engines.variants import llama, save
 from link import Link
 
 if find_spec("sglang") is None:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from event_loops import until
 from fastapi import HTTPException
+from peft_adapters import Lora, active, llama, save
 from safetensors.torch import load_file, save_file
 
-from common import until
 from engines.sglang_plugin.conftest import ATTENTION, NOBODY, REMOTE, Server
-from engines.variants import Lora, active, llama, save
 from link import Link
 from lorax_async import AdapterRef, AdapterStore, ConfigError
 from lorax_async.engines.sglang import register

@@ -1,0 +1,22 @@
+"""Both kinds of event loop, and waiting on one."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import uvloop
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.new_event_loop,
+    "uvloop": uvloop.new_event_loop,
+}
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait, for seconds at most, until something that is on its way has happened."""
+    for _ in range(5000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("it never happened")

@@ -1,0 +1,85 @@
+"""Fake sources full of tiny adapters, and loaders over them."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import tiny
+
+from lorax_async.config import LoaderConfig
+from lorax_async.devices.simulated import SimulatedDevice
+from lorax_async.events import Event, SlotGranted
+from lorax_async.loader import AdapterLoader
+from lorax_async.runtime.placement import AdapterResidency
+from lorax_async.testing import FakeSource
+from lorax_async.types import AdapterId
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def stocked(base: Path, *names: str, rank: int = 4, holdable: bool = False) -> FakeSource:
+    """An adapter for each name, other bytes in each; `base / name` has the same files."""
+    source = FakeSource(holdable=holdable)
+    for seed, name in enumerate(names):
+        source.put(name, *tiny.files(tiny.write(base / name, seed, rank)))
+    return source
+
+
+def over(source: FakeSource, **settings: object) -> AdapterLoader:
+    plain = {"device_bytes": 1 << 20, "max_slots": 4, "io_threads": 2, "timeout": 20}
+    config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
+    return AdapterLoader(tiny.layout(), config, source=source)
+
+
+def simulated(loader: AdapterLoader) -> SimulatedDevice:
+    device = loader.device
+    assert isinstance(device, SimulatedDevice)
+    return device
+
+
+def where(loader: AdapterLoader, id: AdapterId) -> AdapterResidency:
+    """Of the version that was met last, which must be somewhere."""
+    found = loader.placement().find(id)
+    assert found is not None
+    return found
+
+
+def state(loader: AdapterLoader, id: AdapterId) -> str:
+    """As residency has it, or "nowhere"."""
+    found = loader.placement().find(id)
+    return found.state if found else "nowhere"
+
+
+def is_at(loader: AdapterLoader, id: AdapterId, tier: str) -> bool:
+    """On the device is also what is still on its way there, or leaving."""
+    found = loader.placement().find(id)
+    return found is not None and found.tier == tier
+
+
+def is_resident(loader: AdapterLoader, id: AdapterId) -> bool:
+    return state(loader, id) == "resident"
+
+
+def granted(events: list[Event]) -> list[str]:
+    """Ids of a fake source, in the order in which they were given slots."""
+    grants = [event for event in events if isinstance(event, SlotGranted)]
+    return [event.key.location.removeprefix("memory:") for event in grants]
+
+
+class Slowed:
+    """A step of a source that goes on when it may, and counts its cancelled calls at their end."""
+
+    def __init__(self, source: FakeSource, step: str) -> None:
+        self.asked, self.cancelled, self.may_go_on = 0, 0, asyncio.Event()
+        self._step = getattr(source, step)
+        setattr(source, step, self)
+
+    async def __call__(self, *args: object) -> Any:
+        self.asked += 1
+        try:
+            await self.may_go_on.wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.01)
+            self.cancelled += 1
+            raise
+        return await self._step(*args)

@@ -1,0 +1,108 @@
+"""Loads as users have them: an `AdapterLoader`, its `LoaderConfig`, and ids."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from lorax_async import AdapterHandle, AdapterLoader, Allow, LoaderConfig
+from lorax_async.planning.layout import ModelLayout, Module, Parallelism
+from lorax_async.types import AdapterRef, RemoteKey
+
+HIDDEN = 96
+LAYERS = 24
+RANK = 256
+"""Together some 14 MB. Layer 0 has 4 % of it, more than comes with the first answer."""
+
+
+def layout(layers: int) -> ModelLayout:
+    modules = tuple(
+        Module(f"model.layers.{layer}.{target}", HIDDEN, 2 * HIDDEN, layer, Parallelism.COLUMN)
+        for layer in range(layers)
+        for target in tiny.TARGETS
+    )
+    return ModelLayout(modules, layers, "F32", "model.")
+
+
+def written(folder: Path, seed: int = 0, *, layers: int = LAYERS, rank: int = RANK) -> Path:
+    """An adapter for such a model, with random weights."""
+    random = torch.Generator().manual_seed(seed)
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps(tiny.config(rank)))
+    saved = {}
+    for module in layout(layers).modules:
+        name = f"base_model.model.{module.name}"
+        saved[f"{name}.lora_A.weight"] = torch.randn(rank, HIDDEN, generator=random)
+        saved[f"{name}.lora_B.weight"] = torch.randn(2 * HIDDEN, rank, generator=random)
+    save_file(saved, folder / "adapter_model.safetensors")
+    return folder
+
+
+def loader(folder: Path, *, layers: int = LAYERS, **settings: object) -> AdapterLoader:
+    """Its caches are below the folder."""
+    given: Any = {"device_bytes": 32 << 20, "max_slots": 4, "io_threads": 2, "timeout": 40}
+    given |= {"cache_dir": folder / "cache", "hub_cache_dir": folder / "hub", **settings}
+    config = LoaderConfig(**given)
+    return AdapterLoader(layout(layers), config)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of an adapter, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def size_of(folder: Path) -> int:
+    return (folder / "adapter_model.safetensors").stat().st_size
+
+
+def at(netloc: str, prefix: str = "") -> Allow:
+    """By plain http on loopback, which has to be allowed."""
+    host, _, port = netloc.partition(":")
+    return Allow("http", host, int(port), prefix)
+
+
+def version_of(handle: AdapterHandle) -> str:
+    assert isinstance(handle.key, RemoteKey)
+    return handle.key.version
+
+
+def secretless(error: BaseException | None, *secrets: str) -> str:
+    """All that is said of it, and of what led to it."""
+    text = ""
+    while error is not None:
+        text += f"{error}\n{error!r}\n{error.args}\n"
+        error = error.__cause__ or error.__context__
+    for secret in secrets:
+        assert secret not in text, text
+    return text
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait, for a minute at most: also a slow machine comes to it."""
+    for _ in range(12_000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it never happened")
+
+
+async def has(there: AdapterLoader, id: str | AdapterRef, folder: Path) -> str:
+    """It loads, is what is in the folder, and then is in a cache, too; its version."""
+    async with await there.load(id) as handle:
+        tiny.assert_equal_to_file(handle, folder)
+        await handle.verified()
+        return version_of(handle)
+
+
+def stored_in(folder: Path) -> tuple[int, int]:
+    """How many adapters our own cache has, and how many downloads that ended half-way.
+
+    What is published meanwhile is seen at least once.
+    """
+    partials = len(list((folder / "cache").glob("partials/*")))
+    return len(list((folder / "cache").glob("entries/*"))), partials
