@@ -178,6 +178,7 @@ async def test_a_killed_process_is_gone_on_with(world: World) -> None:
     process = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet)
     enough = 1.1 * len(world.origin.files[WEIGHTS])  # an answer has ended, and is asked for again
     await until(lambda: world.origin.bytes_asked() > enough)
+    await asyncio.sleep(0.5)  # until what has arrived is written and recorded
     process.kill()
     await process.wait()
     assert world.stored() == (0, 1)

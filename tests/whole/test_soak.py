@@ -105,7 +105,7 @@ class Judge:
         """Raises `SoakError` for what must not come to a caller."""
         if not isinstance(error, errors.LoraxError):
             raise SoakError(f"{stored.name}: {error!r}") from error
-        stages = ALLOWED.get(type(error), set())
+        stages = next((ALLOWED[kind] for kind in type(error).__mro__ if kind in ALLOWED), set())
         if error.stage not in stages or not error.retryable or error.id is None:
             told = f"{type(error).__name__}, retryable {error.retryable}: {error}"
             raise SoakError(told, error.story) from error
@@ -155,7 +155,7 @@ def told_by(url: str, what: str) -> Any:
 def faulty_process(seed: int) -> Iterator[str]:
     """Its URL."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "soak.faulty_source", str(seed)],
+        [sys.executable, "-m", "faulty_source", str(seed)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},

@@ -1,0 +1,5 @@
+"""The example adapters, for the tests of commands."""
+
+from engines.conftest import examples
+
+__all__ = ["examples"]
