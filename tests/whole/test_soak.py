@@ -416,7 +416,7 @@ class Soak:
         if found == self._expected[stored.number][layers.start : layers.stop]:
             return
         told = await self._judge.verdict(handle)
-        if not stored.promised or told is not errors.IntegrityError:
+        if not (stored.promised and told and issubclass(told, errors.IntegrityError)):
             story = self._setting.loader.placement().story(handle.key)
             raise SoakError(f"{stored.name}: {layers} on the device is wrong ({told})", story)
         self._tally["wrong bytes that were told of"] += len(layers)
