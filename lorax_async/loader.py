@@ -54,7 +54,7 @@ class AdapterLoader:
     config
         The settings; `loader.config` has them resolved.
     source, device
-        Doubles for tests (`lorax_async.testing`); None for the config's.
+        Of your own, or doubles for tests (`lorax_async.testing`); None for the config's.
 
     Raises
     ------

@@ -90,9 +90,6 @@ LOADER: Mutants = {
         (Lease, "end", _ended_unused)),
     "lease: no use begins while it ends": mutant(
         f"{HANDLES}::test_release_while_a_use_begins", seen_by(leases, "threading", Lock=NoLock)),
-    "lease: nothing is verified while a digest is compared": mutant(
-        f"{DIGESTS}::test_a_digest_is_compared_for_its_caller_alone",
-        (Lease, "is_verified", property(lambda self: self.occupancy.verification is not None))),
     "unload: it waits until the adapter is gone": mutant(
         "runtime/test_room.py::test_a_kernel_is_waited_for", (WaiterTable, "unload", _not_waited_for)),
     "driver: ends of leases in threads are decided on the loop": mutant(
