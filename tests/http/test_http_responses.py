@@ -38,7 +38,7 @@ from lorax_async.errors import (
     LoraxError,
 )
 from lorax_async.formats.spans import ByteRange
-from lorax_async.http.failures import RetryPolicy
+from lorax_async.http.failures import FileChangedError, RetryPolicy
 from lorax_async.http.range_downloader import RangeDownloader
 from lorax_async.http.settings import HttpSettings
 from lorax_async.http.target import ProbeResult
@@ -256,7 +256,7 @@ def test_a_fault_that_passes_is_overcome_and_others_are_typed_errors(
             with pytest.raises(FetchError) as caught:
                 fetched(fetching, answer)
             assert took(begun) < 8
-    assert isinstance(caught.value, kind)
+    assert type(caught.value) is kind
     assert (caught.value.retryable, caught.value.stage) == (True, "fetch")
     assert "127.0.0.1" in caught.value.problem
 
@@ -289,12 +289,12 @@ OK, CHUNKED = b"HTTP/1.1 200 OK\r\n", "Transfer-Encoding: chunked"
 HOSTILE: dict[str, tuple[Behaviour, type[LoraxError], str]] = {
     "wrong range": (_shifted(TAG, by=1), IntegrityError, "were requested"),
     "no range": (lies(EMPTY), IntegrityError, "without a range"),
-    "another file": (_shifted('ETag: "v2"'), IntegrityError, "changed"),
+    "another file": (_shifted('ETag: "v2"'), FileChangedError, "changed"),
     "length and range differ": (_shifted(TAG, cut=1), IntegrityError, "length"),
-    "changed, whole": (whole_of(400_000, '"v2"'), IntegrityError, "changed"),
-    "another size": (whole_of(399_999), IntegrityError, "changed"),
-    "412": (lies(EMPTY, status="412 No"), IntegrityError, "changed"),
-    "416": (lies(EMPTY, "Content-Range: bytes */7", status="416 No"), IntegrityError, "changed"),
+    "changed, whole": (whole_of(400_000, '"v2"'), FileChangedError, "changed"),
+    "another size": (whole_of(399_999), FileChangedError, "changed"),
+    "412": (lies(EMPTY, status="412 No"), FileChangedError, "changed"),
+    "416": (lies(EMPTY, "Content-Range: bytes */7", status="416 No"), FileChangedError, "changed"),
     "coded": (lies(EMPTY, "Content-Encoding: gzip"), FetchError, "content coding"),
     "101": (lies(EMPTY, status="101 Switching Protocols"), FetchError, "101"),
     "401": (lies(EMPTY, status="401 No"), AccessDeniedError, "401"),
@@ -334,7 +334,7 @@ def test_a_wrong_answer_ends_the_download_at_once(name: str) -> None:
         with pytest.raises(LoraxError, match=words) as caught:
             fetched(fetching, answer)
         assert took(begun) < 3
-        assert isinstance(caught.value, kind)
+        assert type(caught.value) is kind
         assert caught.value.stage == "fetch"
         assert len(server.asked) <= 3, "the first, and one per connection"
         assert caught.value.retry_after == (86_400.0 if name == "a day" else None)

@@ -420,7 +420,10 @@ async def test_a_hub_that_cannot_be_reached_is_worth_another_attempt(way: str) -
 async def test_a_forbidden_hub(hub: HubStandIn, monkeypatch: Patch) -> None:
     hub.put(REPO, ADAPTER)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with locating(hub) as locator, pytest.raises(errors.FetchError, match="HF_HUB") as caught:
+    with (
+        locating(hub) as locator,
+        pytest.raises(errors.FetchError, match="HF_HUB_OFFLINE") as caught,
+    ):
         await locator.locate(AdapterRef(REPO, token=TOKEN))
     assert not caught.value.retryable
     assert not hub.asked
