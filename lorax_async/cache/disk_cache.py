@@ -125,13 +125,13 @@ class DiskCache:
             key = read_answer(answers, _name_of(question))
         return None if key is None else (key.source, key.version)
 
-    def condemn(self, key: CacheKey) -> None:
+    def invalidate(self, key: CacheKey) -> None:
         """Remove an entry whose bytes are wrong, even if it is leased.
 
         Open files stay readable; opening another raises `IntegrityError`.
         """
         with translate_errors("remove an entry"):
-            self.entries.condemn(key.name)
+            self.entries.invalidate(key.name)
 
     def remove(self, key: CacheKey) -> bool:
         """Remove the entry and partials of it; False if any is in use."""
@@ -379,7 +379,7 @@ def gc(cache: DiskCache) -> list[Listed]:
             rm(cache, listed.name)
         elif listed.record is None:
             with translate_errors("clean up"):
-                cache.entries.condemn(listed.name)
+                cache.entries.invalidate(listed.name)
     cache.budget.trim()
     left = {listed.name for listed in ls(cache)}
     with translate_errors("clean up"), cache.directory.open("answers") as answers:

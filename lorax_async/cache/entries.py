@@ -138,13 +138,13 @@ class Entries:
             except OSError as error:
                 if error.errno not in DAMAGED:
                     raise
-                self.condemn(name)
+                self.invalidate(name)
                 raise IntegrityError("the cache's entry is no folder") from error
             with folder:
                 try:
                     return self._lease(name, folder, parent, check=check)
                 except IntegrityError:
-                    self.condemn(name, only=folder)
+                    self.invalidate(name, only=folder)
                     raise
 
     def _lease(self, name: str, folder: Folder, parent: Folder, *, check: bool) -> DiskEntry | None:
@@ -188,7 +188,7 @@ class Entries:
                 raise
             return None
 
-    def condemn(self, name: str, only: Folder | None = None) -> None:
+    def invalidate(self, name: str, only: Folder | None = None) -> None:
         """Remove an entry even if it is leased (`only` if it is still this folder)."""
         with self._directory.locked(), self._directory.open("entries") as parent:
             if only is None or only.is_named(name, parent):

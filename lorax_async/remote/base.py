@@ -113,19 +113,20 @@ class Confirmation:
     async def wait(self) -> None:
         """Raise `ReplacedError` if a file is another one now. May be called several times."""
         if self._recheck is not None and not await self._recheck():
-            raise self._replaced()
+            raise self._report_replaced()
 
     @contextmanager
-    def judging(self) -> Iterator[None]:
-        """Raise `ReplacedError` for a file that changed, if its source may replace files."""
+    def translate_changes(self) -> Iterator[None]:
+        """Raise `ReplacedError` for a `FileChangedError`, if the source may replace files."""
         try:
             yield
         except FileChangedError as error:
             if self._recheck is None:
                 raise
-            raise self._replaced() from error
+            raise self._report_replaced() from error
 
-    def _replaced(self) -> ReplacedError:
+    def _report_replaced(self) -> ReplacedError:
+        """Call `on_replaced`, and return the error to raise."""
         self._on_replaced()
         return ReplacedError(
             "its config and weights were replaced while they were requested; load it again"

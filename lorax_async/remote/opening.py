@@ -430,7 +430,7 @@ class AdapterOpener:
 
         async def refuse(error: LoraxError, *, weights: bool) -> bool:  # noqa: ARG001
             if weights:
-                return await self._distrust(key)
+                return await self._invalidate_unvouched(key)
             file.reader.close()
             return await self._is_outdated(key, control)
 
@@ -442,7 +442,7 @@ class AdapterOpener:
         located = await self._locate(key, control)
         confirmation = self._confirmation(key, located)
         try:
-            with confirmation.judging():
+            with confirmation.translate_changes():
                 metadata = await self._fetch_metadata(located, control)
                 weights = await self._add_files(download, metadata, control)
         except BaseException:
@@ -463,7 +463,7 @@ class AdapterOpener:
 
         async def refuse(error: LoraxError, *, weights: bool) -> bool:
             if weights:
-                return await self._distrust(key)
+                return await self._invalidate_unvouched(key)
             await reader.refuse(error)
             async with bind_to(control):
                 await confirmation.wait()  # else config and weights need not fit each other
@@ -475,18 +475,18 @@ class AdapterOpener:
     def _confirmation(self, key: RemoteKey, located: LocatedAdapter) -> Confirmation:
         return Confirmation(located.recheck, partial(self._resolver.forget, key))
 
-    async def _distrust(self, key: RemoteKey) -> bool:
+    async def _invalidate_unvouched(self, key: RemoteKey) -> bool:
         """Drop an unvouched entry whose weights were refused; return whether it is gone."""
         entry = await self._stored(key)
         if entry is not None:
             entry.close()
             if entry.record.vouched:
                 return False
-            await self._condemn(key)
+            await self._invalidate(key)
         return True
 
-    async def _condemn(self, key: RemoteKey) -> None:
-        await self._workers.run(partial(self._resolver.cache.own.condemn, cache_key(key)))
+    async def _invalidate(self, key: RemoteKey) -> None:
+        await self._workers.run(partial(self._resolver.cache.own.invalidate, cache_key(key)))
 
     async def _is_outdated(self, key: RemoteKey, control: FetchControl) -> bool:
         """Drop a refused entry that is not what its source has now; return whether it was dropped.
@@ -503,7 +503,7 @@ class AdapterOpener:
         finally:
             entry.close()
         if outdated:
-            await self._condemn(key)
+            await self._invalidate(key)
         if not vouched or key in self._hashed:
             return outdated
         if len(self._hashed) >= _MAX_HASHED:

@@ -147,7 +147,7 @@ class FetchReader(CountedReader):
             inbox = Inbox(asyncio.get_running_loop(), gate.put)
             layers_first = self._layers_first and control.urgent and bool(groups)
             answer = self._fetched.answer
-            with self._confirmation.judging():
+            with self._confirmation.translate_changes():
                 async with bind_to(control):
                     rest = await outcome(answer.rest)
                     await self._workers.run(partial(self._file.write, len(answer.start), rest))

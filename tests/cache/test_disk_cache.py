@@ -408,7 +408,7 @@ class TestDamage:
                 reader.read_into([memoryview(bytearray(3))], 0)
             assert read_back(world.cache) == content
             for _ in range(2):
-                world.cache.condemn(KEY)
+                world.cache.invalidate(KEY)
             assert not is_there(world.cache, KEY)
         assert held.granted(SCOPE) is None
         reader.close()
@@ -478,7 +478,7 @@ class TestDamage:
             def is_named(self: Folder, name: str, within: Folder) -> bool:
                 named = is_named_still(self, name, within)
                 if name == KEY.name:
-                    other.cache.condemn(KEY)
+                    other.cache.invalidate(KEY)
                 return named
 
             is_named_still = Folder.is_named

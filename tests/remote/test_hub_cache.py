@@ -367,9 +367,9 @@ def test_downloads_go_to_our_own_cache(tmp_path: Path, hub_client: Path) -> None
         assert last(ref) is None
     cache.own.note_version(question_of(AdapterRef(REPO, "hub")), REPO, other.version)
     assert last(AdapterRef(REPO, "hub")) == (REPO, other.version), "our own answer is first"
-    cache.own.condemn(other)
+    cache.own.invalidate(other)
     assert cache.open(other) is None
-    cache.own.condemn(KEY)
+    cache.own.invalidate(KEY)
     assert tree(hub_client) == before
 
 

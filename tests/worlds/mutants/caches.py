@@ -53,7 +53,7 @@ CACHES: Mutants = {
     "cache: bytes are on the disk before publication": mutant(
         PUBLISHED, seen_by(partials, "os", fsync=nothing)),
     "cache: an entry that a crash left without its record is removed": mutant(
-        ODD, skipped(Entries, "condemn")),
+        ODD, skipped(Entries, "invalidate")),
     "cache: an entry that a crash left without a file is none": mutant(
         ODD, (entries, "require_whole", _whole_without_a_file)),
     "cache: digests are checked before publication": mutant(
