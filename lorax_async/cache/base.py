@@ -207,10 +207,10 @@ class CacheEntry(Protocol):
         `InternalError` for a file that the record does not name.
         """
 
-    def granted(self, scope: str) -> float | None:
+    def last_access(self, scope: str) -> float | None:
         """Return the seconds since the source last let this scope have it; None if never."""
 
-    def grant(self, scope: str) -> None:
+    def record_access(self, scope: str) -> None:
         """Record that the source has just let this scope have it."""
 
     def close(self) -> None:

@@ -27,8 +27,8 @@ from lorax_async.cache.entries import (
     DiskBudget,
     DiskEntry,
     Entries,
-    grant,
     measure,
+    record_access,
     require_whole,
     stamp,
 )
@@ -213,7 +213,7 @@ class DiskDownload:
                 folder.unlink(name)
         # After a crash, an entry without its record or a name is none, and is fetched again.
         folder.write(RECORD, record.encoded())
-        grant(folder, self._scope)
+        record_access(folder, self._scope)
         stamp(folder, record, require_whole(folder, record, check=False))
         return record
 

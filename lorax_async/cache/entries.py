@@ -83,7 +83,7 @@ class DiskEntry:
             raise InternalError(f"the cache's entry has no {name}")
         return FileReader(partial(open_same, f"{self.folder}/{name}", identity), identity, name)
 
-    def granted(self, scope: str) -> float | None:
+    def last_access(self, scope: str) -> float | None:
         with (
             translate_errors("look at an entry"),
             suppress(FileNotFoundError),
@@ -94,14 +94,14 @@ class DiskEntry:
             return None if status is None else max(0.0, time.time() - status.st_mtime)
         return None
 
-    def grant(self, scope: str) -> None:
+    def record_access(self, scope: str) -> None:
         with (
             translate_errors("write to an entry"),
             suppress_read_only(),
             self._directory.open("entries") as parent,
             parent.subfolder(self.record.name) as folder,
         ):
-            grant(folder, scope)
+            record_access(folder, scope)
 
     def close(self) -> None:
         if self._open:
@@ -267,7 +267,7 @@ def remove_leftovers(folder: Folder) -> None:
             folder.unlink(name)
 
 
-def grant(folder: Folder, scope: str) -> None:
+def record_access(folder: Folder, scope: str) -> None:
     """Record that a scope may have the entry, as of now. Raise `OSError`."""
     name = scope_name(scope)
     if folder.status(name) is None:

@@ -540,7 +540,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-MAX_GRANTS = 65_536
+_MAX_REMEMBERED = 65_536
+"""Accesses, and verified blobs, that a process remembers."""
+
 _ABSENT = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
     errno.EINVAL,  # reading a link that is none
@@ -608,18 +610,18 @@ class HubEntry:
             raise InternalError(f"the hub cache's entry has no {name}")
         return FileReader(file.open, file.identity, name)
 
-    def granted(self, scope: str) -> float | None:
+    def last_access(self, scope: str) -> float | None:
         """See `CacheEntry`. Other tools stored the entry with this machine's token, if it has one.
 
-        Such an entry may be private: callers without a token are not granted it.
+        Such an entry may be private: callers without a token do not get it.
         """
-        since = self._cache.grants.get((self.record.name, scope))
+        since = self._cache.accesses.get((self.record.name, scope))
         if since is None and scope == self._cache.own_scope():
             since = max(file.mtime_ns for file in self.record.files) / 1e9
         return None if since is None else max(0.0, time.time() - since)
 
-    def grant(self, scope: str) -> None:
-        remember(self._cache.grants, (self.record.name, scope), time.time(), MAX_GRANTS)
+    def record_access(self, scope: str) -> None:
+        remember(self._cache.accesses, (self.record.name, scope), time.time(), _MAX_REMEMBERED)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -635,7 +637,7 @@ class StandardHubCache:
         self, path: str | os.PathLike[str] | None, own_scope: Callable[[], str | None]
     ) -> None:
         self.own_scope = own_scope
-        self.grants: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self.accesses: OrderedDict[tuple[str, str], float] = OrderedDict()
         """When a source last let a scope have an entry; kept as long as this object."""
         self.verified_blobs: OrderedDict[ExpectedBlob, None] = OrderedDict()
         """Files that were hashed, and had their digests; kept as long."""
@@ -669,7 +671,7 @@ class StandardHubCache:
             return None
         for file in files if check else ():
             if is_settled(file.identity, since_ns):
-                remember(self.verified_blobs, file.expected, None, MAX_GRANTS)
+                remember(self.verified_blobs, file.expected, None, _MAX_REMEMBERED)
         return HubEntry(self, key, folder, files)
 
     def commit_of(self, source: str, revision: str) -> str | None:

@@ -88,8 +88,8 @@ class Resolution:
 class VersionResolver:
     """Resolves refs by the backends of their locations, and remembers answers.
 
-    `offline` sends no request to any source. An answer counts for `fresh` seconds of `clock`, and a
-    grant lets a scope have an entry for as long. `backends` is quick.
+    With `offline`, send no request to any source. An answer counts for `fresh` seconds of `clock`,
+    and a recorded access lets a scope have an entry for as long. `backends` is quick.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class VersionResolver:
         pinned = None
         if revision is not None and backend.is_version(revision):
             pinned = RemoteKey(ref.text, (), revision)
-            age = await self._grant_age(pinned, scope)
+            age = await self._access_age(pinned, scope)
             if age is not None and age <= self._fresh:
                 return self._remember(ref, pinned, None, since - age)
         try:
@@ -224,10 +224,10 @@ class VersionResolver:
             retryable=False,
         )
 
-    async def _grant_age(self, key: RemoteKey, scope: str) -> float | None:
-        """Return the age in seconds of the grant by which `scope` may have the cache's entry.
+    async def _access_age(self, key: RemoteKey, scope: str) -> float | None:
+        """Return how many seconds ago the source last let `scope` have the cache's entry.
 
-        0 if the entry is public; None if there is no entry or no grant.
+        0 if the entry is public; None if there is no entry, or no access was recorded.
         """
 
         def look() -> float | None:
@@ -235,7 +235,7 @@ class VersionResolver:
             if entry is None:
                 return None
             try:
-                return 0.0 if entry.granted(PUBLIC) is not None else entry.granted(scope)
+                return 0.0 if entry.last_access(PUBLIC) is not None else entry.last_access(scope)
             finally:
                 entry.close()
 
@@ -252,7 +252,7 @@ class VersionResolver:
         unreachable = isinstance(error, FetchError)
         if isinstance(error, FetchError) and not error.retryable and not self._offline:
             return None
-        if pinned is not None and await self._grant_age(pinned, scope) is not None:
+        if pinned is not None and await self._access_age(pinned, scope) is not None:
             return pinned
         if not unreachable or not (ref.allow_stale or self._offline):
             return None
@@ -261,7 +261,7 @@ class VersionResolver:
             return None
         key = RemoteKey(last[0], (), last[1], stale=True)
         own = scope if ref.token is None else PUBLIC
-        return None if await self._grant_age(key, own) is None else key
+        return None if await self._access_age(key, own) is None else key
 
     async def _record(self, ref: ParsedRef, located: LocatedAdapter) -> None:
         """Record the answer for times when the source is unreachable. Ignore failures."""
@@ -375,18 +375,16 @@ class AdapterOpener:
     def _attempt(
         self, key: RemoteKey, scope: str, *, alone: bool
     ) -> CacheEntry | DiskDownload | int:
-        """Call `Cache.try_begin`, and grant an entry to `scope`. Blocks."""
-        cache = self._resolver.cache
-        result = cache.try_begin(cache_key(key), scope, alone=alone)
+        """Call `TieredCache.try_begin`, and record that `scope` may have an entry. Blocks."""
+        cache, entry_key = self._resolver.cache, cache_key(key)
+        result = cache.try_begin(entry_key, scope, alone=alone)
         if isinstance(result, CacheEntry) and self._is_refuted(key, result):
             result.close()
-            cache.own.remove(
-                cache_key(key)
-            )  # if it is in use, the caller's digest is refused later
-            result = cache.try_begin(cache_key(key), scope, alone=alone)
+            cache.own.remove(entry_key)  # if it is in use, the caller's digest is refused later
+            result = cache.try_begin(entry_key, scope, alone=alone)
         if isinstance(result, CacheEntry):
             try:
-                result.grant(scope)
+                result.record_access(scope)
             except BaseException:
                 result.close()
                 raise

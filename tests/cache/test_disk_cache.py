@@ -320,15 +320,15 @@ class TestSharing:
     def test_an_entry_knows_who_was_granted_it(self, world: DiskWorld) -> None:
         """Of many, the last ask the source again."""
         entry = stored(world.cache, KEY, b"abc")
-        assert entry.granted("other") is None
-        entry.grant("other")
-        ages = [entry.granted(scope) for scope in (SCOPE, "other")]
+        assert entry.last_access("other") is None
+        entry.record_access("other")
+        ages = [entry.last_access(scope) for scope in (SCOPE, "other")]
         assert all(age is not None and 0 <= age < 60 for age in ages)
-        assert {entry.granted(scope) for scope in ("", "somebod", "../record.json")} == {None}
+        assert {entry.last_access(scope) for scope in ("", "somebod", "../record.json")} == {None}
         for number in range(MAX_SCOPES):
-            entry.grant(str(number))
-        assert entry.granted("0") is not None
-        assert entry.granted(str(MAX_SCOPES - 1)) is None
+            entry.record_access(str(number))
+        assert entry.last_access("0") is not None
+        assert entry.last_access(str(MAX_SCOPES - 1)) is None
         entry.close()
 
     @pytest.mark.parametrize("promised", [False, True])
@@ -410,7 +410,7 @@ class TestDamage:
             for _ in range(2):
                 world.cache.invalidate(KEY)
             assert not is_there(world.cache, KEY)
-        assert held.granted(SCOPE) is None
+        assert held.last_access(SCOPE) is None
         reader.close()
         held.close()
 
@@ -546,7 +546,7 @@ class TestFolder:
     def test_hostile_keys_stay_in_the_folder(self, world: DiskWorld, text: str) -> None:
         for of in (CacheKey(text, "v"), CacheKey("s", text), CacheKey(text, text)):
             entry = stored(world.cache, of, text.encode("utf-8", "replace"))
-            entry.grant(text)
+            entry.record_access(text)
             entry.close()
             assert is_there(world.cache, of)
 
@@ -668,7 +668,7 @@ def resumed_and_published(cache: DiskCache) -> None:
     entry = cache.open(KEY, check=True)
     assert entry is not None
     with closing(entry):
-        entry.grant("other")
+        entry.record_access("other")
         assert content_of(entry) == CONTENT
     assert cache.remove(KEY)
 

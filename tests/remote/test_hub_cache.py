@@ -151,20 +151,20 @@ def test_what_other_tools_stored_is_for_this_machines_token(tmp_path: Path) -> N
     cache = opened(tmp_path, "own")
     entry = cache.open(KEY)
     assert entry is not None
-    age = entry.granted("own")
+    age = entry.last_access("own")
     assert age is not None
     assert 999 < age < 2_000
-    assert (entry.granted(""), entry.granted("other")) == (None, None)
-    entry.grant("other")
+    assert (entry.last_access(""), entry.last_access("other")) == (None, None)
+    entry.record_access("other")
     again = cache.open(KEY)
     assert again is not None
-    age = again.granted("other")
+    age = again.last_access("other")
     assert age is not None
     assert 0 <= age < 60
-    assert again.granted("") is None
+    assert again.last_access("") is None
     anew = opened(tmp_path, "own").open(KEY)
     assert anew is not None
-    assert anew.granted("other") is None, "nothing is noted in there"
+    assert anew.last_access("other") is None, "nothing is noted in there"
 
 
 @pytest.mark.parametrize("broken", ["os.open", "os.listdir"])

@@ -106,7 +106,7 @@ SOURCES: Mutants = {
         skipped(RemoteSource, "_check")),
     "resolving: the cache serves whom it was granted to": mutant(
         f"{REMOTE}::test_known_callers_while_the_source_is_down",
-        skipped(VersionResolver, "_grant_age", 0.0)),
+        skipped(VersionResolver, "_access_age", 0.0)),
     "resolving: a fetch is in the last caller's name": mutant(
         f"{LOADS}::test_a_digest_is_its_callers_own", skipped(VersionResolver, "_set_requester", True)),
 }  # fmt: skip
