@@ -119,10 +119,8 @@ class PartialFile:
         self._here = SpanSet()
         self._unsaved = 0
         self._hash = FileHash("transport" if expected is None else expected.kind, nbytes)
-        self._file, self._map_file = (
-            SharedResource(file, os.close, open=partial(folder.file, file, flags | os.O_CREAT))
-            for file, flags in ((name, os.O_RDWR), (self._map_name, os.O_WRONLY))
-        )
+        self._file = self._create(name, os.O_RDWR)
+        self._map_file = self._create(self._map_name, os.O_WRONLY)
         try:
             self._map = self._resume() or self._begin(reserve)
             with translate_errors(_WRITING):
@@ -218,6 +216,11 @@ class PartialFile:
     def close(self) -> None:
         self._file.close()
         self._map_file.close()
+
+    def _create(self, name: str, flags: int) -> SharedResource[int]:
+        """Return a file of the folder, which its first use opens or creates."""
+        open_file = partial(self._folder.file, name, flags | os.O_CREAT)
+        return SharedResource(name, os.close, open=open_file)
 
     def _resume(self) -> ChunkMap | None:
         """Adopt the file of a partial download, if its size matches and its map is good."""
