@@ -562,10 +562,10 @@ async def result_of(task: asyncio.Task[R], stage: Stage, check_open: Callable[[]
 
 
 class PrioritySemaphore:
-    """A semaphore of `limit` turns: the highest priority first, then the longest wait.
+    """A semaphore of `limit` permits: the highest priority first, then the longest wait.
 
-    A turn that lasts longer than `seconds` frees its place early, for callers of origins that have
-    fewer than `limit` turns.
+    A turn that lasts longer than `seconds` releases its permit early, to callers of origins that
+    have fewer than `limit` turns.
     """
 
     def __init__(self, limit: int, seconds: float) -> None:
@@ -578,20 +578,20 @@ class PrioritySemaphore:
     @asynccontextmanager
     async def turn(self, priority: int, origin: Hashable = None) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
-        began, has_place = loop.create_future(), True
+        began, has_permit = loop.create_future(), True
         timer: asyncio.TimerHandle | None = None
 
-        def free_place() -> None:
-            nonlocal has_place
-            self._free += has_place
-            has_place = False
+        def release_permit() -> None:
+            nonlocal has_permit
+            self._free += has_permit
+            has_permit = False
             self._start_next()
 
         heappush(self._waiting.setdefault(origin, []), (-priority, next(self._order), began))
         self._start_next()
         try:
             await began
-            timer = loop.call_later(self._seconds, free_place)
+            timer = loop.call_later(self._seconds, release_permit)
             yield
         finally:
             if timer is not None:
@@ -600,7 +600,7 @@ class PrioritySemaphore:
                 self._held[origin] -= 1
                 if not self._held[origin]:
                     del self._held[origin]
-                free_place()
+                release_permit()
 
     def _start_next(self) -> None:
         while self._free > 0:
