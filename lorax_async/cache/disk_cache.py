@@ -47,8 +47,8 @@ class DiskCache:
     """Whole adapters by key, and partial ones on their way, in a folder that processes share.
 
     The budget counts adapters' files. Interrupted downloads make room first, then entries that are
-    not leased, in the policy's order. Between calls nothing is open but what is leased or
-    downloaded: a folder that is removed is made again by the next call.
+    not leased, in the policy's order. Between calls only leases and downloads keep files open: if
+    the folder is removed, the next call makes it again.
 
     Methods raise `ConfigError` if the folder belongs to another user, others may write to it, it
     cannot be opened, or its file system has no locks.
@@ -60,7 +60,7 @@ class DiskCache:
     nbytes
         Budget, over entries and partials of all processes.
     policy
-        The order in which entries have to go; a new one.
+        The order of eviction; an instance that nothing else uses.
     """
 
     def __init__(self, path: str | os.PathLike[str], nbytes: int, policy: EvictionPolicy) -> None:
@@ -71,14 +71,14 @@ class DiskCache:
     def open(self, key: CacheKey, *, check: bool = False) -> DiskEntry | None:
         """Lease the entry and count a use; None if there is none.
 
-        Remove an entry whose files have not the recorded sizes, or whose bytes not the recorded
-        digests: they are hashed with `check`, or if a file was touched.
+        Remove an entry whose files do not have the recorded sizes or digests. Hash them with
+        `check`, or if a file was touched.
         """
         entry = self.entries.open(key.name, check=check)
         return None if entry is None else self.use(entry)
 
     def use(self, entry: DiskEntry) -> DiskEntry:
-        """Count a use of an entry and return it; close it if that fails."""
+        """Count a use of an entry and return the entry; close it on an error."""
         try:
             self.budget.note_use(entry.record)
         except BaseException:
@@ -113,7 +113,7 @@ class DiskCache:
         new = f"{unique()}.new"
         with translate_errors("note a version"), self.directory.open("answers") as answers:
             try:
-                answers.write(new, content)  # a crash may leave half: that is none
+                answers.write(new, content)  # half of one, after a crash, is ignored
                 os.rename(new, _name_of(question), src_dir_fd=answers.fd, dst_dir_fd=answers.fd)
             except BaseException:
                 answers.unlink(new)
@@ -203,7 +203,7 @@ class DiskDownload:
         return entry
 
     def _complete(self) -> EntryRecord:
-        """Make the folder that of an entry, and return its record."""
+        """Turn the folder into that of an entry, and return its record."""
         folder = self._partial.folder
         files = [file.complete() for _, file in sorted(self._files.items())]
         record = record_of(self.key, tuple(files))
@@ -211,16 +211,16 @@ class DiskDownload:
             of_file = name.removesuffix(MAP_SUFFIX)
             if name == RECORD or (is_adapter_file(of_file) and of_file not in self._files):
                 folder.unlink(name)
-        # After a crash, an entry without its record or a name is none, and is fetched again.
+        # Not synced: an entry that loses its record or a name in a crash is fetched again.
         folder.write(RECORD, record.encoded())
         record_access(folder, self._scope)
         stamp(folder, record, require_whole(folder, record, check=False))
         return record
 
     def _rename(self) -> tuple[DiskEntry, bool]:
-        """Rename the folder; return the entry, and whether it is not that of a faster process."""
+        """Rename the folder; return the entry, and whether it is ours, not a faster process's."""
         for _ in range(_PUBLICATIONS):
-            # It is leased before it can be evicted.
+            # Under one lock, so that the entry cannot be evicted before it is leased.
             with self._directory.locked():
                 is_ours = self._try_rename()
                 entry = self._cache.entries.open(self.key.name, check=False)
@@ -229,6 +229,7 @@ class DiskDownload:
         raise FetchError("the disk cache's entry was in the way again and again; load it again")
 
     def _try_rename(self) -> bool:
+        """Rename the folder; False if there is an entry already."""
         open_folder = self._directory.open
         try:
             with open_folder("partials") as partials, open_folder("entries") as entries:
@@ -249,7 +250,7 @@ class DiskDownload:
                 self._remove()
 
     def close(self) -> None:
-        """End it; the next download resumes it. Idempotent. No thread may write any more."""
+        """End the download; the next one resumes it. Idempotent. No thread may still write."""
         if not self._open:
             return
         with translate_errors("leave a download"), self._ending():
@@ -370,8 +371,8 @@ def rm(cache: DiskCache, name: str) -> bool:
 def gc(cache: DiskCache) -> list[Listed]:
     """Remove unusable files, then evict down to the budget; return the entries and partials gone.
 
-    Unusable are partial downloads that are not in use, damaged entries, answers about neither, and
-    leftovers of killed processes.
+    Unusable are partial downloads that are not in use, damaged entries, answers about entries that
+    are not there, and leftovers of killed processes.
     """
     before = ls(cache)
     for listed in before:
