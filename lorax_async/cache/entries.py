@@ -327,7 +327,7 @@ class DiskBudget:
     def trim(self) -> None:
         """Evict unused entries and partials down to the budget, or as far as possible."""
         with self._measure():
-            self._evict(0)
+            self._evict(0, in_part=True)
 
     def used(self) -> int:
         """Return the bytes of adapters' files in the folder now, partial ones included."""
@@ -390,15 +390,15 @@ class DiskBudget:
         if self._whole.pop(name, None) is not None:
             self._policy.remove(_key(name), evicted=evicted)
 
-    def _evict(self, nbytes: int) -> None:
+    def _evict(self, nbytes: int, *, in_part: bool = False) -> None:
         """Drop what is not in use until this much is free: partials first, by their age.
 
-        If that is not enough for a reservation, drop nothing.
+        If all of it is not enough, drop nothing, unless `in_part`.
         """
         stored = self._whole | self._partial
-        # Quick, where looking at each lock is not: callers that wait for room retry often.
+        # Quick, unlike a look at each lock: callers that wait for room retry often.
         ours = set(self._directory.leased.values()) & stored.keys()
-        if nbytes and sum(stored[name].nbytes for name in ours) + nbytes > self._nbytes:
+        if not in_part and sum(stored[name].nbytes for name in ours) + nbytes > self._nbytes:
             return
         partials = sorted(self._partial, key=lambda name: stored[name].used_ns)
         over, unused = self._used() + nbytes - self._nbytes, list[str]()
@@ -408,7 +408,9 @@ class DiskBudget:
             if not self._directory.is_busy(name):
                 unused.append(name)
                 over -= stored[name].nbytes
-        for name in unused if over <= 0 or not nbytes else ():
+        if over > 0 and not in_part:
+            return
+        for name in unused:
             if self._directory.drop(name):
                 self._forget(name, evicted=True)
 
