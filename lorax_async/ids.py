@@ -291,7 +291,7 @@ def is_covered(ref: ParsedRef, allow: Sequence[Allow]) -> bool:
 
 
 def parse_requested(id: str | AdapterRef, sources: Sequence[Allow]) -> ParsedRef | None:
-    """Parse an id that a request names; None if it is none, or `sources` do not cover it.
+    """Parse an id that a request names; None if it is invalid, or `sources` do not cover it.
 
     Local folders are checked against `local_roots` elsewhere.
     """
@@ -364,9 +364,9 @@ _BUCKET = re.compile(r"[A-Za-z0-9$_-][A-Za-z0-9$._-]*")
 
 
 def _parse_bucket(scheme: str, name: str) -> str:
-    """Return the name of a bucket or container if no character of it has a meaning in a URL.
+    """Return the name of a bucket or container, which becomes part of a URL.
 
-    It becomes part of one. Whether there can be such a bucket, the store says.
+    Refuse characters with a meaning in a URL only: the store knows which names a bucket can have.
     """
     if not _BUCKET.fullmatch(name):
         word = _HOST_WORDS[scheme]
@@ -380,7 +380,8 @@ def _parse_bucket(scheme: str, name: str) -> str:
 def _parse_prefix(key: str) -> str:
     """Normalize the prefix of a folder's keys: "" or with a "/" at its end.
 
-    It is not percent-encoded, but a gateway may decode what obstore has encoded once more.
+    Keys are not percent-encoded. Obstore encodes them, and a gateway may decode them twice: refuse
+    what would then be another path.
     """
     if not key:
         return ""

@@ -213,9 +213,9 @@ def folder_path(path: str) -> str:
 
 
 def require_path_part(part: str, ambiguous: str) -> None:
-    """Raise `InvalidUrlError` for a part of a path that a server may read in another way.
+    """Raise `InvalidUrlError` for a part of a path that some servers read as another path.
 
-    It may decode twice, for example; `ambiguous` are the characters by which it then differs.
+    `part` is decoded. Servers may decode it twice, or split it, at the `ambiguous` characters.
     """
     if part in {"", ".", ".."}:
         raise InvalidUrlError("the path of a URL has no part that is '', '.' or '..'")

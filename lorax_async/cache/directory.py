@@ -1,7 +1,7 @@
 """The folder of a disk cache: private, locked by `flock`, and worked in by descriptor. Blocks.
 
-It is opened by its path for each use, and made if it is missing: whatever removes it, the next use
-works. Inside it no name is looked up twice during a use, and no link is followed.
+It is opened by its path for each use, and made if it is missing, so that it may be removed between
+uses. During a use no name inside it is looked up twice, and no link is followed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LOCK_FILE = "lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 _UNUSABLE = {errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
 DAMAGED = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
-"""What opening a file of an entry raises if the file, or the entry, is not one."""
+"""Errors of opening a file, if it is missing or not a file, or its folder not a folder."""
 
 _FULL = {
     errno.ENOSPC: "its disk is full; free some of it, or lower the cache's budget",
@@ -69,7 +69,7 @@ def translate_errors(doing: str) -> Iterator[None]:
 
 @contextmanager
 def suppress_read_only() -> Iterator[None]:
-    """Do without a change where the file system is read-only: entries are as good there."""
+    """Skip a change that a read-only file system refuses: its entries can still be served."""
     try:
         yield
     except OSError as error:
@@ -173,7 +173,7 @@ class Folder:
         return status is not None and os.path.samestat(status, os.fstat(self.fd))
 
     def close(self) -> None:
-        """Close the descriptor, whose number another file may get. Idempotent."""
+        """Close the descriptor. Forget it, as another file may get its number. Idempotent."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -200,20 +200,20 @@ class CacheDirectory:
 
     `entries` holds whole adapters, `partials` downloads, `trash` what is being removed, `answers`
     what sources resolved ids to. Methods raise `OSError`, and `ConfigError` if a folder is not this
-    user's alone, cannot be opened, or has no locks. `drop` and `is_busy`, which take the name of an
-    entry or a partial, are called with the directory locked.
+    user's alone, cannot be opened, or has no locks. Call `drop` and `is_busy` with the directory
+    locked; their names are those of entries or partials.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.path.abspath(path)
         self.leased: dict[int, str] = {}
-        """The descriptors of this process's leases, and the names of their entries."""
+        """Names of the entries that this process leases, by the lease's descriptor."""
         self._changing = RLock()
         self._is_locked = False
 
     @cached_property
     def path(self) -> str:
-        """The real path: where a link led here, its target is what is made again."""
+        """The real path: a link is followed once, and then its target is made if missing."""
         return os.path.realpath(self._path)
 
     @contextmanager
@@ -261,7 +261,7 @@ class CacheDirectory:
             os.rename(name, unique(), src_dir_fd=parent.fd, dst_dir_fd=trash.fd)
 
     def empty_trash(self) -> None:
-        """Remove what is in there, also what others are removing now. Slow."""
+        """Remove all of the trash, also what others are removing now. Slow."""
         with self.open("trash") as trash:
             for name in trash.names():
                 trash.remove_tree(name)
@@ -270,7 +270,7 @@ class CacheDirectory:
     def _lock_alone(self, name: str) -> Iterator[bool]:
         """Lock an entry's record, or a partial's lock; yield False if it is in use."""
         with ExitStack() as opened:
-            alone = True  # also where there is nothing to lock, or all is read-only
+            alone = True  # also if there is nothing to lock, or the file system is read-only
             try:
                 parent = opened.enter_context(self.open(_parent_of(name)))
                 folder = opened.enter_context(parent.subfolder(name))
@@ -290,7 +290,7 @@ def _parent_of(name: str) -> FolderName:
 def _private_folder(name: str, within: Folder | None = None) -> Folder:
     """Open a folder, made if it is missing. Raise `ConfigError` if it is not this user's alone.
 
-    Links in the root's path are the operator's, so they are followed; inside, a link is refused.
+    Follow links in the root's path, which is the operator's; refuse a link inside.
     """
     label = f"the disk cache's {'' if within is None else 'own '}folder {shorten(name, 500)!r}"
     try:

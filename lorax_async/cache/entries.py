@@ -52,7 +52,7 @@ Identities = Mapping[str, FileIdentity]
 
 
 class DiskEntry:
-    """The `CacheEntry` of a folder, leased: no process removes it."""
+    """The `CacheEntry` of a leased folder, which no process evicts."""
 
     mappable = True
 
@@ -159,7 +159,7 @@ class Entries:
             raise IntegrityError("the cache's record is missing") from error
         with ExitStack() as refused:
             refused.callback(os.close, lease)
-            if not try_lock(lease, shared=True):  # removals of others hold it for a moment only
+            if not try_lock(lease, shared=True):  # a removal may hold it for a moment
                 with self._directory.locked():
                     if not try_lock(lease, shared=True):
                         return None

@@ -1,8 +1,8 @@
 """Partial downloads of a disk cache: their files, and adopting what was left. Blocks.
 
 A download holds a `flock` on a file in its folder, which the kernel drops when the process dies;
-then another download adopts the folder. Its bytes may not be on the disk yet, so the folder's name
-has the boot: after a restart of the machine it is not adopted.
+then another download adopts the folder. Its bytes are not synced to the disk, so the folder's name
+contains the boot's id: after a restart of the machine it is not adopted.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class ChunkMap:
 
     @classmethod
     def decoded(cls, content: bytes, nbytes: int) -> ChunkMap | None:
-        """Decode the map of a file of `nbytes`; None if it is none."""
+        """Decode the map of a file of `nbytes`; None if it is not one."""
         chunk_map = cls(nbytes)
         empty, start = chunk_map.encoded(), len(content) - len(chunk_map.bits)
         if len(content) != len(empty) or content[:start] != empty[:start]:
@@ -186,7 +186,7 @@ class PartialFile:
             return start == stop or self._here.covers(start, stop)
 
     def complete(self) -> FileRecord:
-        """Bring all bytes to the disk, and return the record; the map is not needed any more.
+        """Sync all bytes to the disk, and return the record; the map is no longer needed.
 
         Raise `IntegrityError` if the digest is not the expected one, or `OSError`.
         """
@@ -327,7 +327,7 @@ class OpenPartial(NamedTuple):
 
 
 class Partials:
-    """All partial downloads, in folders named by the entry, the boot and anything.
+    """All partial downloads, in folders named `<entry>.<boot>.<unique>`.
 
     Methods raise `OSError`. `claim` is called with the directory locked.
     """
@@ -344,8 +344,8 @@ class Partials:
         """Adopt what an interrupted download of the entry left, or begin a new one.
 
         While another one is under way, return its progress, a number that changes with each write;
-        begin beside it if `alone`. Of several that were left since the machine was started the
-        newest is adopted; others go. The caller owns the folder.
+        begin beside it if `alone`. Adopt the newest that was left since the machine was started,
+        and remove the others. The caller owns the folder.
         """
         left = sorted(self.of(entry), key=self._changed_ns, reverse=True)
         busy = [name for name in left if self._directory.is_busy(name)]

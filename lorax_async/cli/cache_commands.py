@@ -429,7 +429,7 @@ def _find_cache(
 ) -> tuple[Path, DiskCache | None]:
     """Return the cache folder, and the cache in it or None if there is none yet.
 
-    Using a cache would create files in a foreign folder.
+    A use of the cache would create folders, also in a folder that is not a cache.
     """
     folder = StoreConfig(cache_dir=arguments.cache_dir).cache_folder
     try:

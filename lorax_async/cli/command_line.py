@@ -238,7 +238,7 @@ def as_allow(text: str) -> Allow:
 
 
 def as_source(text: str) -> Allow | Path:
-    """Parse a place with adapters, for argparse: a local folder, or an allowed remote one."""
+    """Parse where adapters are, for argparse: a local folder, or an allowed remote one."""
     try:
         source = parse_source(text)
     except UsageError as error:

@@ -235,7 +235,7 @@ async def with_ticker(work: Awaitable[T]) -> tuple[T, LoopStall]:
 def record_trace(loader: AdapterLoader, path: Path | None) -> Iterator[None]:
     """Trace the block, however it ends, and write the trace to `path` unless that is None.
 
-    Raises `OSError`, before the block if possible, and never in place of the block's own error.
+    Raises `OSError`, before the block if possible, but never hides the block's own error.
     """
     if path is None:
         yield

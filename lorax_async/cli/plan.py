@@ -98,18 +98,18 @@ def plan_as_json(
         }
         for kind, count in counts.most_common(20)
     ]
-    every = {
+    adapters = {
         "count": counts.total(),
         "device_bytes": sum(kind.device_bytes * count for kind, count in counts.items()),
         "file_bytes": sum(kind.needs.file_nbytes * count for kind, count in counts.items()),
         "kinds": kinds,
     }
     plan = {"base": arguments.base, "dtype": estimate.dtype or estimate.layout.dtype}
-    return plan | {"device_bytes": nbytes, "adapters": every}
+    return plan | {"device_bytes": nbytes, "adapters": adapters}
 
 
 def show_plan(plan: dict[str, Any], terminal: Terminal) -> None:
-    """Print it for a person."""
+    """Print the plan as text."""
     adapters = plan["adapters"]
     capacity = f"{format_size(plan['device_bytes'])} of device, as {plan['dtype']}"
     terminal.say(f"{adapters['count']:,} adapters for {capacity}", "bold")

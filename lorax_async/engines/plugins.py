@@ -104,8 +104,8 @@ class PluginSettings:
 
     def store_settings(self) -> dict[str, Any]:
         """Return these settings as arguments of `StoreConfig`."""
-        # Aliases are the operator's words: their places are allowed, though not to requests. An
-        # alias asks for the token itself.
+        # The operator names the aliases' adapters: they are allowed here, but not to requests. The
+        # entries lend no token: an alias has its own `use_token`.
         allow = (*self.sources, *filter(None, map(allow_ref, self.adapters.values())))
         return {
             "allow": allow or (Allow("https", "allowed.invalid"),),  # none would be all of the hub
@@ -145,7 +145,7 @@ class PluginSettings:
 
 
 def _parse_source(text: str) -> Allow | Path:
-    """Return a place: "hub", "hub:org/", a URL that ends with "/", or an absolute folder."""
+    """Parse "hub", "hub:org/", a URL that ends with "/", or an absolute folder."""
     try:
         source = parse_source(text)
     except UsageError as error:  # do not repeat the text: it may hold a secret
@@ -220,7 +220,7 @@ class BaseRequirements:
 
 
 _ENGINE_STATUSES = {"over_capacity": 503, "timeout": 503, "fetch_failed": 503}
-"""By code, where engines' clients and routers know only one status for "come back later"."""
+"""Statuses by code that differ from `HTTP_STATUSES`: engines retry after 503 only."""
 
 RETRY_AFTER = 5.0
 """Seconds in `Retry-After` where the source named none."""
@@ -229,7 +229,7 @@ RETRY_AFTER = 5.0
 def response_to(error: LoraxError, name: str) -> tuple[int, str, dict[str, str] | None]:
     """Return status, text and headers of a response; `name` is the client's for the adapter."""
     status, code = http_status(error) or (500, "")
-    # Engines refuse an adapter with 400, not with 422.
+    # Engines refuse an adapter with 400.
     status = 400 if status == 422 else _ENGINE_STATUSES.get(code, status)
     shown = error if error.id is None else error.located(id=name)
     headers = None

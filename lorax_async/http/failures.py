@@ -102,7 +102,7 @@ _NO_RANGE = re.compile(r"bytes \*/([0-9]{1,18})")
 DENIED = frozenset({401, 403, 407, 451})
 MISSING = frozenset({404, 410})
 RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""What statuses mean, of whichever source."""
+"""What the statuses of all sources mean."""
 
 _THROTTLED = frozenset({429, 503})
 
@@ -133,7 +133,7 @@ def status_error(
 
 
 class FileChangedError(IntegrityError):
-    """The file is another one than that of the answers before."""
+    """The file is not the one of earlier responses."""
 
 
 def changed_error(what: str) -> FileChangedError:

@@ -380,7 +380,7 @@ def _lacking(query: FileQuery, what: str) -> AdapterNotFoundError:
 
 
 def parse_endpoint(endpoint: str | None) -> Url:
-    """Return the URL of a hub; None is huggingface_hub's own. Raise `ConfigError`."""
+    """Parse a hub's URL, by default that of huggingface_hub. Raise `ConfigError`."""
     from huggingface_hub import constants  # noqa: PLC0415 (slow)
 
     try:
@@ -725,7 +725,7 @@ class StandardHubCache:
 class TieredCache:
     """The cache of remote adapters: the standard hub cache, if it is read, and then our own.
 
-    Downloads and answers go to our own, whose entries alone are ever removed.
+    Downloads and answers go to our own. Entries of the hub cache are never removed.
     """
 
     def __init__(self, hub: StandardHubCache | None, own: DiskCache) -> None:

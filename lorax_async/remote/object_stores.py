@@ -75,8 +75,8 @@ class StoreBackend:
     obstore reads them. Its maker closes it. Without obstore, calls raise `ConfigError`.
 
     `executor` runs obstore's calls, which block: two at a time for one adapter, `BUCKET_CALLS` for
-    one bucket. A call outlives its cancelled caller. `allow` says where redirects may lead; a URL
-    is signed for `signed_for` seconds, and its origin allowed: the environment names it.
+    one bucket. A call outlives its cancelled caller. URLs are signed for `signed_for` seconds.
+    Their origin, which the environment names, is always allowed; `allow` is for redirects.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class StoreBackend:
         self._store = lru_cache(MAX_STORES)(_make_store)
 
     def is_version(self, revision: str) -> bool:
-        """See `Backend`. A versionId or an ETag is no version: the store has to be asked."""
+        """See `Backend`. Not so for a versionId or an ETag: the store has to be asked."""
         return _VERSION.fullmatch(revision) is not None
 
     async def scope(self, folder: StoreFolder, ref: AdapterRef) -> str:
@@ -142,7 +142,7 @@ class StoreBackend:
 
     def _require(self, folder: StoreFolder, name: str) -> StoredObject:
         """Return the metadata of one file of the folder."""
-        import obstore  # noqa: PLC0415 - an extra, needed here alone
+        import obstore  # noqa: PLC0415 (an extra)
 
         try:
             meta = obstore.head(self._store(folder.scheme, folder.host), f"{folder.path}{name}")

@@ -247,7 +247,7 @@ class VersionResolver:
         """Return a version that the cache has for a caller whose source failed with `error`.
 
         It is the pinned one, or else the source's last answer, if the caller accepts a stale one.
-        A caller with a token of its own gets that for a public adapter only.
+        A caller with a token of its own gets the last answer for a public adapter only.
         """
         unreachable = isinstance(error, FetchError)
         if isinstance(error, FetchError) and not error.retryable and not self._offline:
@@ -279,7 +279,10 @@ class VersionResolver:
 
 
 def question_of(ref: AdapterRef) -> str:
-    """Return the form in which caches record a request to a source."""
+    """Return the text by which caches record the source's answer to a request.
+
+    It ends with the scope, as in version 0.2, whose recorded answers stay valid.
+    """
     return "\n".join((ref.source or "", ref.text, ref.revision or "", PUBLIC))
 
 
@@ -661,7 +664,7 @@ def _add_file(download: DiskDownload, fetched: FetchedFile, expected: Digest | N
 
 
 def _check(fetched: FetchedFile, expected: Digest | None) -> None:
-    """Raise `IntegrityError` if a whole file has not the expected digest."""
+    """Raise `IntegrityError` if a whole file does not have the expected digest."""
     if expected is None:
         return
     content_hash = FileHash(expected.kind, fetched.nbytes)

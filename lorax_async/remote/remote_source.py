@@ -74,7 +74,7 @@ class RemoteSource:
 
     def __init__(self, make: Callable[[], RemoteParts], *, verify: Checking) -> None:
         self.cache: TieredCache | None = None
-        """None before the first use. It stays after `close`."""
+        """None before the first use; kept after `close`, for statistics."""
         self._make = make
         self._verify: Checking = verify
         self._lock = Lock()
@@ -261,7 +261,7 @@ class BackendRegistry:
     """The backends by scheme. `close` ends them and their threads."""
 
     def __init__(self, config: StoreConfig, endpoint: Url, downloader: RangeDownloader) -> None:
-        # A pool for each: a hub that does not answer delays no store.
+        # A pool for each, so that a hub that does not answer delays no store.
         counts = {"hub": QUERY_THREADS, **dict.fromkeys(STORES, STORE_THREADS)}
         self._pools = {
             name: ThreadPool(count, f"lorax-query-{name}") for name, count in counts.items()
@@ -292,7 +292,7 @@ def make_remote_source(config: StoreConfig, tracer: Tracer | None = None) -> Rem
     """Return a remote source that makes its cache, threads and connections at its first use."""
 
     def make() -> RemoteParts:
-        # First, for both may raise: the default folder of the cache is in a home folder.
+        # Before any threads, because both raise for bad settings, such as a missing home folder.
         endpoint = parse_endpoint(config.hub_endpoint)
         own = DiskCache(config.cache_folder, config.cache_bytes, policy(config.eviction))
         downloader = RangeDownloader(HttpSettings(connections=config.connections), tracer=tracer)
