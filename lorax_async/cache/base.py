@@ -46,10 +46,11 @@ class CacheKey:
     @property
     def name(self) -> str:
         """The entry's name: 64 hexadecimal digits."""
-        return _digest_of(self.source, self.version)
+        return digest_of(self.source, self.version)
 
 
-def _digest_of(*texts: str) -> str:
+def digest_of(*texts: str) -> str:
+    """Return a digest that only the same texts in this order have: 64 hexadecimal digits."""
     texts_hash = hashlib.sha256()
     for text in texts:
         data = text.encode("utf-8", "surrogatepass")
@@ -60,7 +61,7 @@ def _digest_of(*texts: str) -> str:
 
 def scope_name(scope: str) -> str:
     """Return the name of the file that records that this scope may have the entry."""
-    return SCOPE_PREFIX + _digest_of(scope)
+    return SCOPE_PREFIX + digest_of(scope)
 
 
 def is_entry_name(name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +14,7 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
+from lorax_async.cache.base import digest_of
 from lorax_async.concurrency import FairThreads
 from lorax_async.errors import (
     AccessDeniedError,
@@ -220,12 +220,7 @@ def _words(*objects: StoredObject) -> list[str]:
 
 def version_of(kind: str, words: Iterable[str]) -> str:
     """Return the version for words that identify the files: equal words mean equal bytes."""
-    words_hash = hashlib.sha256()
-    for word in words:
-        data = word.encode("utf-8", "surrogatepass")
-        # With lengths, different lists of words are different bytes.
-        words_hash.update(len(data).to_bytes(8, "big") + data)
-    return f"{kind}-{words_hash.hexdigest()[:32]}"
+    return f"{kind}-{digest_of(*words)[:32]}"
 
 
 _SAS = ("AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_SAS_TOKEN")
