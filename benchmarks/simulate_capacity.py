@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from lorax_async.cli.command_line import Terminal, as_size, format_size, integer_parser
 from lorax_async.cli.memory_estimate import AdapterKind, MemoryEstimate
-from lorax_async.cli.plan import add_budget, estimate_for, plan_as_json, show_plan
+from lorax_async.cli.plan import add_estimate_options, estimate_for, plan_as_json, show_plan
 from lorax_async.engines.ray.routing import MAX_IDS, ReplicaResidency, RoutingPolicy
 from lorax_async.errors import ConfigError, LoraxError, shorten
 from lorax_async.lifecycle.adapter_state import GroupSizes
@@ -491,7 +491,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="an adapter's folder, a folder of such folders, a JSON or CSV list with a name and a"
         " rank, bytes or path for each, or 10000x16 for 10,000 of rank 16",
     )
-    add_budget(parser)
+    add_estimate_options(parser)
     _add_requests(parser)
     _add_fleet(parser)
     terminal = Terminal(sys.stdout, sys.stderr)

@@ -30,7 +30,7 @@ def add_to(add: AddParser) -> None:
     parser = add_command(add, "plan", ABOUTS["plan"], _plan, more)
     help = "an adapter's folder, a folder of such folders, or 10000x16 for 10,000 of rank 16"
     parser.add_argument("--adapters", nargs="+", required=True, metavar="DIR|NxR", help=help)
-    add_budget(parser)
+    add_estimate_options(parser)
     for name in _MOVED:
         parser.add_argument(f"--{name}", type=_refuse_moved, help=argparse.SUPPRESS)
 
@@ -39,7 +39,7 @@ def _refuse_moved(_: str) -> None:
     raise argparse.ArgumentTypeError(f"{SIMULATION} simulates requests and fleets")
 
 
-def add_budget(parser: argparse.ArgumentParser) -> None:
+def add_estimate_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for the base, the device, and adapters that are not on the disk."""
     add_base(parser, required=True)
     help = "modules, as q_proj, that NxR adapts (default: every linear module of the layers)"
