@@ -216,7 +216,7 @@ def as_id(text: str) -> AdapterRef:
     return replace(ref, use_token=ref.source == "hub")
 
 
-def as_place(text: str) -> AdapterRef:
+def as_folder_or_id(text: str) -> AdapterRef:
     """Parse a folder or an id, for argparse. A folder `org/name` takes precedence over the hub."""
     if not text:  # Path("") is the current folder
         raise argparse.ArgumentTypeError("'' is not a folder or an id")

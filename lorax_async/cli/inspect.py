@@ -26,7 +26,7 @@ from lorax_async.cli.command_line import (
     add_base,
     add_command,
     add_sources,
-    as_place,
+    as_folder_or_id,
     format_runs,
     loader_settings,
     read_layout,
@@ -241,7 +241,10 @@ def add_to(add: AddParser) -> None:
     more = f"Of a remote adapter, config and header are downloaded, and not kept. {TOKENS}"
     parser = add_command(add, "inspect", about, _inspect, more)
     parser.add_argument(
-        "path", type=as_place, metavar="PATH", help=f"the adapter's folder, or else {ID_HELP}"
+        "path",
+        type=as_folder_or_id,
+        metavar="PATH",
+        help=f"the adapter's folder, or else {ID_HELP}",
     )
     add_base(parser, required=False)
     add_sources(parser)

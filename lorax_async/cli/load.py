@@ -24,7 +24,7 @@ from lorax_async.cli.command_line import (
     add_command,
     add_device_bytes,
     add_sources,
-    as_place,
+    as_folder_or_id,
     error_as_json,
     format_ms,
     format_runs,
@@ -263,7 +263,7 @@ def add_to(add: AddParser) -> None:
     parser = add_command(add, "load", about, _load, more)
     parser.add_argument(
         "paths",
-        type=as_place,
+        type=as_folder_or_id,
         nargs="+",
         metavar="PATH",
         help=f"an adapter's folder, or else {ID_HELP}",

@@ -51,7 +51,10 @@ class MemoryEstimate(NamedTuple):
     targets: Sequence[str]
 
     def of_text(self, text: str) -> Iterator[tuple[str, AdapterKind, int]]:
-        """Yield names, kinds and counts of a folder or of COUNTxRANK. Raises `ConfigError`."""
+        """Yield the name, kind and count of each adapter in a folder, or of COUNTxRANK.
+
+        Raises `ConfigError`, and for a folder what a load would raise.
+        """
         generated = re.fullmatch("([0-9]{1,9})x([0-9]{1,4})", text)
         if Path(text).is_dir():
             for folder in adapter_folders(Path(text)):
@@ -90,14 +93,14 @@ class MemoryEstimate(NamedTuple):
                 tensors.append(TensorDescription(name, self.file_dtype, (rows, columns)))
         if (missing := set(self.targets) - names) or not names:
             raise ConfigError(f"the base has no linear modules named {', '.join(sorted(missing))}")
-        prefix, places = write_header(tensors)
+        prefix, ranges = write_header(tensors)
         config = {
             "peft_type": "LORA",
             "r": rank,
             "lora_alpha": rank,
             "target_modules": sorted(names),
         }
-        return self._plan(json.dumps(config).encode(), prefix, places[-1][1])
+        return self._plan(json.dumps(config).encode(), prefix, ranges[-1][1])
 
     def _plan(self, config: bytes, prefix: bytes, nbytes: int) -> AdapterKind:
         plan = plan_transfer(

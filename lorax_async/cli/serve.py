@@ -35,7 +35,7 @@ from lorax_async.cli.command_line import (
     add_caches,
     add_command,
     add_device,
-    as_place,
+    as_folder_or_id,
     as_size,
     as_source,
     base_folder,
@@ -264,7 +264,7 @@ def as_immutable_root(text: str) -> LocalRoot:
 
 
 def request_sources(arguments: argparse.Namespace) -> tuple[Allow, ...]:
-    """Return the remote places that `--source` opens to requests; folders are in `local_roots`."""
+    """Return the remote locations that `--source` opens to requests, without folders."""
     return tuple(source for source in arguments.source if isinstance(source, Allow))
 
 
@@ -628,7 +628,7 @@ def _find_in(name: str, place: str) -> list[tuple[str, AdapterId]]:
         names = [path.name for path in paths]
     else:
         try:
-            ref = as_place(place)
+            ref = as_folder_or_id(place)
         except argparse.ArgumentTypeError as error:
             raise ConfigError(f"--adapters: {error}") from None
         if ref.source == "hub" and any(folder.parent.glob(f"*/{CONFIG}")):

@@ -49,7 +49,7 @@ class PluginSettings:
     """What the operator allows, by environment variable (docs/vllm.md). Raises `ConfigError`."""
 
     sources: tuple[Allow, ...] = ()
-    """Remote places below which a request may name adapters by id."""
+    """Remote locations below which a request may name adapters by id."""
     folders: tuple[Path, ...] = ()
     """Local folders in which a request may name adapters: `name`, or `./name`."""
     adapters: Mapping[str, AdapterRef] = field(default_factory=dict)
@@ -80,11 +80,11 @@ class PluginSettings:
                 f"{PREFIX}{unknown[0]} is not a setting; there are"
                 f" {', '.join(PREFIX + name for name in sorted(NAMES))}"
             )
-        places = [_parse_source(text) for text in given.get("SOURCES", "").split()]
+        sources = [_parse_source(text) for text in given.get("SOURCES", "").split()]
         adapters = dict(_parse_alias(text) for text in given.get("ADAPTERS", "").split())
         values: dict[str, Any] = {
-            "sources": tuple(place for place in places if isinstance(place, Allow)),
-            "folders": tuple(place for place in places if isinstance(place, Path)),
+            "sources": tuple(source for source in sources if isinstance(source, Allow)),
+            "folders": tuple(source for source in sources if isinstance(source, Path)),
             "adapters": adapters,
             "token": given.get("TOKEN"),
         }
@@ -159,13 +159,13 @@ def _parse_source(text: str) -> Allow | Path:
 
 
 def _parse_alias(text: str) -> tuple[str, AdapterRef]:
-    name, separator, place = text.partition("=")
-    if not separator or not name or not place:
+    name, separator, id = text.partition("=")
+    if not separator or not name or not id:
         raise ConfigError(f"{PREFIX}ADAPTERS: {shorten(text, 200)!r} is not NAME=ID or NAME=PATH")
-    if place.startswith("/"):
-        return name, AdapterRef(Path(place))
+    if id.startswith("/"):
+        return name, AdapterRef(Path(id))
     try:
-        ref = parse_ref(AdapterRef(place))
+        ref = parse_ref(AdapterRef(id))
     except InvalidAdapterIdError as error:
         raise ConfigError(f"{PREFIX}ADAPTERS: {error.problem}") from None
     return name, replace(ref.plain, use_token=ref.source == "hub")

@@ -27,7 +27,7 @@ from lorax_async import AdapterRef, StoreConfig, UsageError
 from lorax_async.cache.base import CacheKey
 from lorax_async.cli import main
 from lorax_async.cli.cache_commands import AT_ONCE, FetchRow, fetch_all
-from lorax_async.cli.command_line import as_allow, as_place, base_folder, loader_settings
+from lorax_async.cli.command_line import as_allow, as_folder_or_id, base_folder, loader_settings
 from lorax_async.cli.load import create_loads
 from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.ids import Allow, parse_ref
@@ -156,7 +156,7 @@ def test_some_come_and_one_fails(folder: Path, fetch: Fetch, capsys: Capture) ->
 def test_two_revisions_of_one_id_are_refused(fetch: Fetch, capsys: Capture) -> None:
     assert fetch("org/name@v1", "--revision", "v2") == 1
     assert "name different revisions" in capsys.readouterr().err
-    one, other = (as_place(f"org/name@{revision}") for revision in ("v1", "v2"))
+    one, other = (as_folder_or_id(f"org/name@{revision}") for revision in ("v1", "v2"))
     with pytest.raises(UsageError, match="several revisions"):
         create_loads([one, other])
     assert [load.name for load in create_loads([one, one])] == ["org/name", "org/name"]
@@ -305,13 +305,16 @@ def test_inspect_refuses_weights_in_several_files(tmp_path: Path, capsys: Captur
 def test_a_folder_comes_before_the_hub(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
-    assert as_place("org/name") == AdapterRef(Path("org/name"))
-    assert as_place("org/other@v1") == parse_ref(AdapterRef("org/other@v1", use_token=True)).plain
+    assert as_folder_or_id("org/name") == AdapterRef(Path("org/name"))
+    assert (
+        as_folder_or_id("org/other@v1")
+        == parse_ref(AdapterRef("org/other@v1", use_token=True)).plain
+    )
     for text in ("name", "./org/other", "org/other/more", "/org/other"):
-        assert as_place(text) == AdapterRef(Path(text))
-    assert as_place("S3://bucket/a").id == "s3://bucket/a/"
+        assert as_folder_or_id(text) == AdapterRef(Path(text))
+    assert as_folder_or_id("S3://bucket/a").id == "s3://bucket/a/"
     with pytest.raises(argparse.ArgumentTypeError, match="password"):
-        as_place("https://me:secret@host.example/a")
+        as_folder_or_id("https://me:secret@host.example/a")
 
 
 def test_what_is_named_is_what_is_allowed() -> None:
@@ -327,7 +330,7 @@ def test_what_is_named_is_what_is_allowed() -> None:
     }
     more = as_allow("https://cdn.example")
     arguments = argparse.Namespace(allow=[more], hub_endpoint=None, cache_dir="x", other=1)
-    settings = loader_settings(arguments, [as_place(text) for text in [*texts, "."]])
+    settings = loader_settings(arguments, [as_folder_or_id(text) for text in [*texts, "."]])
     assert settings == {"allow": (*texts.values(), more), "cache_dir": "x"}
     assert more == Allow("https", "cdn.example", private=True)
 
