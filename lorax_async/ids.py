@@ -381,13 +381,13 @@ def _parse_prefix(key: str) -> str:
     """Normalize the prefix of a folder's keys: "" or with a "/" at its end.
 
     Keys are not percent-encoded. Obstore encodes them, and a gateway may decode them twice: refuse
-    what would then be another path.
+    what would then be another path. No id has a `?` or `#`, so an `Allow` with one matches nothing.
     """
     if not key:
         return ""
     path = key.removesuffix("/")
     for part in path.split("/"):
-        require_path_part(part, "\\%")
+        require_path_part(part, "?#\\%")
     return f"{path}/"
 
 

@@ -297,7 +297,10 @@ def test_an_entry_has_one_spelling(given: Allow, kept: Allow) -> None:
         *((("https", "h"), {"prefix": prefix}, "no part that is") for prefix in ("../", "a//", "%2e/")),
         *((("https", "h"), {"prefix": prefix}, "a part of a URL") for prefix in ("a%2fb/", "%252e/")),
         *((("s3", "bucket"), {"prefix": prefix}, "no part that is") for prefix in ("../", "a//b/")),
-        (("s3", "bucket"), {"prefix": "%2e%2e/"}, "a part of a URL"),
+        *(
+            (("s3", "bucket"), {"prefix": prefix}, "a part of a URL")
+            for prefix in ("%2e%2e/", "a?b/", "a#b/")
+        ),
         *(
             (("hub",), {"prefix": prefix}, "neither 'org/' nor")
             for prefix in ("a--b/", "org/name/x/", "org//", ".x/", "org/na me/")
