@@ -435,7 +435,7 @@ class TestDamage:
     def test_a_removed_folder_is_made_again(
         self, world: DiskWorld, tmp_path: Path, moved: bool
     ) -> None:
-        """For all threads, whatever is in progress; what is moved away is not written to."""
+        """All threads use the new one, and nothing is written to one that was moved away."""
         held, of = stored(world.cache, key(9), b"abc"), range(8)
         opened_before, unopened = held.reader(WEIGHTS_FILE), held.reader(WEIGHTS_FILE)
         assert read(opened_before, 0, 3) == b"abc"
@@ -814,7 +814,7 @@ def test_a_file_over_the_process_limit(world: DiskWorld) -> None:
 def test_a_file_system_without_locks_is_refused(
     world: DiskWorld, monkeypatch: Patch, code: int
 ) -> None:
-    """Also for what is there already, which another process might remove meanwhile."""
+    """An entry that is there is not served either: another process might remove it."""
 
     def unsupported(fd: int, how: int) -> None:
         raise OSError(code, os.strerror(code))
@@ -836,7 +836,7 @@ def test_a_file_system_without_locks_is_refused(
 
 
 def test_nothing_is_evicted_in_vain(two: Two) -> None:
-    """What is in use leaves too little room: the rest stays, and is enough for smaller ones."""
+    """If files in use leave too little room, the others stay; a smaller file still fits."""
     one, other = two
     held = stored(one.cache, key(0), bytes(1_000))
     left(one.cache, key(1), bytes(1_000), [(0, 1_000)])

@@ -186,8 +186,8 @@ async def test_a_pinned_version_that_was_replaced(world: RemoteWorld) -> None:
                     await loader.load(replace(other, allow_stale=stale))
 
 
-async def test_a_cache_folder_that_is_removed_bricks_no_load(world: RemoteWorld) -> None:
-    """Also under downloads: those fail, with an error that a retry mends."""
+async def test_loads_succeed_after_the_cache_folder_is_removed(world: RemoteWorld) -> None:
+    """Downloads in progress fail with a retryable error."""
     folders = {name: world.stock(name, seed) for seed, name in enumerate("abcdef")}
     async with over(world, revalidate=0) as loader:
 

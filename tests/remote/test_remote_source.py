@@ -67,7 +67,7 @@ async def test_known_callers_while_the_source_is_down(world: RemoteWorld) -> Non
     first, second, stranger = (replace(world.ref("one"), token=token) for token in "abc")
     version = world.locator.there["one"].version
     for ref in (first, second):
-        await hold(world, ref)
+        await fetch_into_cache(world, ref)
     world.locator.error = FetchError("it is down")
     for ref in (first, second):
         await world.source.resolve(replace(ref, revision=version))
@@ -75,16 +75,16 @@ async def test_known_callers_while_the_source_is_down(world: RemoteWorld) -> Non
 
 
 async def test_a_stale_answer_is_for_callers_without_a_token_or_public(world: RemoteWorld) -> None:
-    """Nor does the answer to a caller with a token take the place of the one to all."""
+    """An answer to a caller with a token does not replace the one to callers without."""
     for name in ("public", "private"):
         world.stock(name)
     world.locator.there["private"].token = "mine"
     public, private = world.ref("public"), replace(world.ref("private"), token="mine")
     old = world.locator.there["public"].version
     for ref in (public, private):
-        await hold(world, ref)
+        await fetch_into_cache(world, ref)
     world.stock("public", seed=7)
-    await hold(world, replace(public, token="mine"))
+    await fetch_into_cache(world, replace(public, token="mine"))
     world.locator.error = FetchError("it is down")
     for token in (None, "mine", "other"):
         key = await world.source.resolve(replace(public, token=token, allow_stale=True))
@@ -97,8 +97,8 @@ async def test_a_stale_answer_is_for_callers_without_a_token_or_public(world: Re
     assert not key.stale
 
 
-async def hold(world: RemoteWorld, ref: AdapterRef) -> None:
-    """Have it in the cache."""
+async def fetch_into_cache(world: RemoteWorld, ref: AdapterRef) -> None:
+    """Fetch the adapter that `ref` names into the cache."""
     file = await world.source.open(await world.source.resolve(ref), FetchControl())
     await world.source.bring(file, [], lambda _: None, FetchControl())
     file.reader.close()
