@@ -286,6 +286,12 @@ def as_lorax_error(
     )
 
 
+def class_name(error: BaseException) -> str:
+    """Return the name of an error's class, or of the public one that an internal class refines."""
+    public = (kind for kind in type(error).__mro__ if kind.__module__ == __name__)
+    return next(public, type(error)).__name__
+
+
 def exhausted(
     error: BaseException, problem: str, *, stage: Stage | None = None, key: object | None = None
 ) -> CapacityError | None:

@@ -7,7 +7,7 @@ from typing import Self
 from opentelemetry import trace
 from opentelemetry.trace import Span, Status, StatusCode, Tracer
 
-from lorax_async.errors import LoraxError, Stage
+from lorax_async.errors import LoraxError, Stage, class_name
 from lorax_async.events import (
     CallBegan,
     CallEnded,
@@ -142,7 +142,7 @@ class _SpanCall:
             if isinstance(error, Exception):
                 for span in spans:
                     span.record_exception(error)
-                    span.set_status(Status(StatusCode.ERROR, type(error).__name__))
+                    span.set_status(Status(StatusCode.ERROR, class_name(error)))
                 if isinstance(error, LoraxError) and error.stage is not None:
                     self.span.set_attribute("lorax.stage", error.stage)
             elif error is not None:

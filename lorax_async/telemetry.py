@@ -27,7 +27,7 @@ from time import monotonic, perf_counter, perf_counter_ns
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self, get_args
 
-from lorax_async.errors import LoraxError, Stage
+from lorax_async.errors import LoraxError, Stage, class_name
 from lorax_async.events import (
     BytesMoved,
     CallBegan,
@@ -116,7 +116,7 @@ class Statistics:
 
 def kind_of(error: LoraxError) -> tuple[str, str]:
     """Return the stage, or "none", and the class of an error."""
-    return error.stage or "none", type(error).__name__
+    return error.stage or "none", class_name(error)
 
 
 class Telemetry:
@@ -408,7 +408,7 @@ class Span:
 
         def end(future: Future[None]) -> None:
             error = future.exception()
-            self.end(outcome="done" if error is None else type(error).__name__, **args)
+            self.end(outcome="done" if error is None else class_name(error), **args)
 
         if self._recorder is not None:
             future.add_done_callback(end)
@@ -499,7 +499,7 @@ class Recorder:
             case Leaving():
                 self._enter(slot, "leaving", "leaving")
             case Failed():
-                self._enter(slot, "leaving", type(event.error).__name__)
+                self._enter(slot, "leaving", class_name(event.error))
             case SlotFreed():
                 self._occupancies.pop(slot, None)
                 occupancy.span.end(outcome="left")

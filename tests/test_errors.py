@@ -28,8 +28,10 @@ from lorax_async import (
     parse_adapter_id,
 )
 from lorax_async.engines.transformers import attach
-from lorax_async.errors import FetchError, IntegrityError, LoraxError, shorten
+from lorax_async.errors import FetchError, IntegrityError, LoraxError, class_name, shorten
 from lorax_async.formats.peft_config import parse_config
+from lorax_async.http.failures import FileChangedError
+from lorax_async.remote.base import AnotherVersionError
 from lorax_async.types import AdapterKey, AdapterRef, as_ref
 
 RETRYABLE = {
@@ -54,6 +56,12 @@ def test_the_family_can_be_imported_and_is_explained() -> None:
         assert kind("x", retryable=True).retryable
         assert not kind("x", retryable=False).retryable
         assert issubclass(kind, TimeoutError) == ("Timeout" in kind.__name__)
+
+
+def test_an_internal_class_goes_by_the_name_of_its_public_one() -> None:
+    assert class_name(FileChangedError("x")) == class_name(IntegrityError("x")) == "IntegrityError"
+    assert class_name(AnotherVersionError("x")) == "AdapterNotFoundError"
+    assert class_name(ZeroDivisionError()) == "ZeroDivisionError"
 
 
 def test_a_text_says_where_and_what() -> None:

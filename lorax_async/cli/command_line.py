@@ -23,6 +23,7 @@ from lorax_async.errors import (
     InvalidAdapterIdError,
     LoraxError,
     UsageError,
+    class_name,
     install_command,
     shorten,
 )
@@ -337,7 +338,7 @@ class Terminal:
         """Complain about errors; return the exit status of a command that had them."""
         failed = [error for error in errors if error is not None]
         for error in failed:
-            self.complain(f"{type(error).__name__}: {error}")
+            self.complain(f"{class_name(error)}: {error}")
         return FAILED if failed else OK
 
     def json(self, value: object) -> None:
@@ -542,7 +543,7 @@ def error_as_json(error: LoraxError | None) -> dict[str, object] | None:
     if error is None:
         return None
     return {
-        "type": type(error).__name__,
+        "type": class_name(error),
         "text": str(error),
         "stage": error.stage,
         "retryable": error.retryable,

@@ -28,6 +28,7 @@ from lorax_async.errors import (
     UnsupportedAdapterError,
     UsageError,
     as_lorax_error,
+    class_name,
     shorten,
 )
 from lorax_async.ids import origin_of
@@ -400,7 +401,7 @@ class Acquirer:
 def _outcome_of(error: BaseException) -> dict[str, object]:
     """Return how a call that raised ended, as the trace shows it."""
     if isinstance(error, LoraxError):
-        return {"outcome": type(error).__name__, "stage": error.stage}
+        return {"outcome": class_name(error), "stage": error.stage}
     return {"outcome": "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"}
 
 

@@ -38,6 +38,7 @@ from lorax_async.errors import (
     AdapterTimeoutError,
     InvalidAdapterIdError,
     LoraxError,
+    class_name,
     shorten,
 )
 from lorax_async.events import Event, SlotId
@@ -672,7 +673,7 @@ def _list_response(
 def _as_json(value: Any) -> Any:
     """Return the value of an event's member."""
     if isinstance(value, LoraxError):
-        return {"error": type(value).__name__, "message": str(value)}
+        return {"error": class_name(value), "message": str(value)}
     return asdict(value) if isinstance(value, SlotId) else value
 
 

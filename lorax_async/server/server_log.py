@@ -15,7 +15,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorax_async.errors import InvalidAdapterIdError, shorten
+from lorax_async.errors import InvalidAdapterIdError, class_name, shorten
 from lorax_async.events import Event, Failed, Resident, SlotFreed, SlotGranted
 from lorax_async.loader import AdapterLoader
 from lorax_async.server.responses import Refusal
@@ -110,7 +110,7 @@ def note_error(scope: Scope, error: Exception) -> None:
         # The text of an unknown model has its name, which `note_id` adds, or leaves out.
         is_unknown = isinstance(error, Refusal) and error.code == "model_not_found"
         reason = "unknown model" if is_unknown else str(error) or None
-        details |= {"error": type(error).__name__, "reason": reason}
+        details |= {"error": class_name(error), "reason": reason}
 
 
 def note_id(scope: Scope, name: str, text: str) -> None:
@@ -162,7 +162,7 @@ def log_adapters(loader: AdapterLoader) -> Iterator[None]:
     def on_failed(event: Failed) -> None:
         if event.slot is not None:
             failed.add(event.key)
-        error, stage = type(event.error).__name__, event.error.stage
+        error, stage = class_name(event.error), event.error.stage
         values = {"stage": stage, "error": error, "reason": event.error.problem}
         log_event("load failed", level=logging.WARNING, **_adapter(event), **values)
 

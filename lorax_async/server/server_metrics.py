@@ -13,6 +13,7 @@ from prometheus_client import Counter as Total
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from lorax_async.errors import class_name
 from lorax_async.loader import AdapterLoader
 from lorax_async.metrics import LoaderCollector
 from lorax_async.server.engine import Finish, TokenStream
@@ -175,9 +176,7 @@ class ObservedTokens:
             is_end = isinstance(error, StopAsyncIteration)
             if is_end and self.finish is not None:
                 self._count_prompt()
-            name = (
-                "cancelled" if isinstance(error, asyncio.CancelledError) else type(error).__name__
-            )
+            name = "cancelled" if isinstance(error, asyncio.CancelledError) else class_name(error)
             self._end("no token" if is_end else name)
             raise
         metrics, before, self._since = self._metrics, self._since, time.monotonic()
