@@ -44,7 +44,7 @@ class Work:
 
     wants: list[list[int]]
     places: list[SlotRef]
-    lease_table: dict[int, SlotOccupant]
+    occupants: dict[int, SlotOccupant]
     max_tokens: int
     max_sequences: int
 
@@ -52,7 +52,7 @@ class Work:
         """As the scheduler does: who gets what, and in which order."""
         given = share(self.wants, self.max_tokens, self.max_sequences)
         places = list(chain.from_iterable(map(repeat, self.places, map(len, given))))
-        return plan_batch(places, list(chain.from_iterable(given)), self.lease_table)
+        return plan_batch(places, list(chain.from_iterable(given)), self.occupants)
 
 
 def work(sequences: int, adapters: int, *, crowded: bool) -> Work:
@@ -62,11 +62,11 @@ def work(sequences: int, adapters: int, *, crowded: bool) -> Work:
     for number in range(sequences):
         tokens = 1 if draw.random() < 0.9 else draw.randrange(2, 64)
         wants[number % adapters].append(tokens)
-    lease_table = {slot: SlotOccupant(1, draw.choice(RANKS)) for slot in range(adapters)}
-    places = [SlotRef(slot, 1) for slot in lease_table]
+    occupants = {slot: SlotOccupant(1, draw.choice(RANKS)) for slot in range(adapters)}
+    places = [SlotRef(slot, 1) for slot in occupants]
     total = sum(map(sum, wants))
     half = 2 if crowded else 1
-    return Work(wants, places, lease_table, total // half, sequences // half)
+    return Work(wants, places, occupants, total // half, sequences // half)
 
 
 def check(plan: BatchPlan, given: Work) -> None:
@@ -74,7 +74,7 @@ def check(plan: BatchPlan, given: Work) -> None:
     bounds, slots = plan.segments.bounds, plan.segments.slots
     if sorted(plan.order) != list(range(len(plan.order))):
         raise AssertionError("a sequence is missing")
-    if len(set(slots)) != len(slots) or not set(slots) <= {*given.lease_table, BASE_ONLY}:
+    if len(set(slots)) != len(slots) or not set(slots) <= {*given.occupants, BASE_ONLY}:
         raise AssertionError("a slot has two segments, or none has it")
     if not 0 < bounds[-1] <= given.max_tokens or len(plan.order) > given.max_sequences:
         raise AssertionError("the batch is larger than it may be")

@@ -231,7 +231,7 @@ class ModelBatch:
         self._slots = [BASE_ONLY if row is None else row.slot.index for row in rows or ()]
         self._handles = tuple(dict.fromkeys(row for row in rows or () if row is not None))
         self._vectors: dict[int, AdapterVectors] = {}  # by slot
-        self._lease_table = tuple(None if row is None else row.slot for row in rows or ())
+        self._row_slots = tuple(None if row is None else row.slot for row in rows or ())
         self._flat: tuple[ReferenceType[torch.Tensor], torch.Tensor] | None = None
         self._uses = ExitStack()
         self._lock = Lock()
@@ -317,7 +317,7 @@ class ModelBatch:
         flat_y, flat_x = y.detach().flatten(0, 1), self._flattened(x)
         out = self.gate.slots_out
         # Prefill, decoding step or head.
-        key = self._lease_table, x.shape[1], out, self._thresholds
+        key = self._row_slots, x.shape[1], out, self._thresholds
         plan = self._place.plans.get(key, partial(self._new_plan, x.shape[1], out))
         others = plan.others
         try:

@@ -95,13 +95,13 @@ class BatchPlan:
 def plan_batch(
     places: Sequence[SlotRef],
     lengths: Sequence[int],
-    lease_table: Mapping[int, SlotOccupant],
+    occupants: Mapping[int, SlotOccupant],
     *,
     tile_rows: int = TILE_ROWS,
 ) -> BatchPlan:
     """Plan a batch whose i-th sequence has `lengths[i]` tokens and its adapter at `places[i]`.
 
-    `lease_table` has the present occupant of each slot; a tile has at most `tile_rows` rows.
+    `occupants` has the present occupant of each slot; a tile has at most `tile_rows` rows.
 
     Raises
     ------
@@ -121,7 +121,7 @@ def plan_batch(
         sequences.append(number)
     order, bounds, slots, ranks = list[int](), [0], list[int](), list[int]()
     tokens = 0
-    for rank, slot, sequences in _by_rank(members, lease_table):
+    for rank, slot, sequences in _by_rank(members, occupants):
         for number in sequences:
             tokens += lengths[number]
         order += sequences
@@ -133,32 +133,32 @@ def plan_batch(
 
 
 def _by_rank(
-    members: Mapping[SlotRef, list[int]], lease_table: Mapping[int, SlotOccupant]
+    members: Mapping[SlotRef, list[int]], occupants: Mapping[int, SlotOccupant]
 ) -> list[tuple[int, int, list[int]]]:
     """Return rank, slot and sequences of each place, sorted. No slot occurs twice."""
     entries = []
     for place, sequences in members.items():
         slot, generation = place
-        occupant = lease_table.get(slot, _VACANT)
+        occupant = occupants.get(slot, _VACANT)
         if occupant[0] != generation:
-            _raise_closed(place, lease_table)
+            _raise_closed(place, occupants)
         entries.append((occupant[1], slot, sequences))
     entries.sort()
     return entries
 
 
-def require_current(places: Sequence[SlotRef], lease_table: Mapping[int, SlotOccupant]) -> None:
+def require_current(places: Sequence[SlotRef], occupants: Mapping[int, SlotOccupant]) -> None:
     """Raise `HandleClosedError` for the first place that has another occupant by now, or none."""
     for place in places:
-        if lease_table.get(place.slot, _VACANT)[0] != place.generation:
-            _raise_closed(place, lease_table)
+        if occupants.get(place.slot, _VACANT)[0] != place.generation:
+            _raise_closed(place, occupants)
 
 
-def _raise_closed(place: SlotRef, lease_table: Mapping[int, SlotOccupant]) -> None:
+def _raise_closed(place: SlotRef, occupants: Mapping[int, SlotOccupant]) -> None:
     """Raise `HandleClosedError`, except for the base, which has no slot."""
     if place == NO_SLOT:
         return
-    occupant = lease_table.get(place.slot)
+    occupant = occupants.get(place.slot)
     current = "no occupant" if occupant is None else f"generation {occupant.generation}"
     raise HandleClosedError(
         f"a row uses generation {place.generation} of slot {place.slot}, which has {current} by now"

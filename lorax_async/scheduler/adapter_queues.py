@@ -25,7 +25,7 @@ class SlotRecords:
     """The occupants of all slots and the arrival of their layers, from the loader's events."""
 
     def __init__(self, clock: Clock) -> None:
-        self.lease_table: dict[int, SlotOccupant] = {}
+        self.occupants: dict[int, SlotOccupant] = {}
         """The occupant of each slot. Its rank is 0 until `adopt`."""
         self._clock = clock
         self._profiles: defaultdict[str, LoadProfile] = defaultdict(LoadProfile)
@@ -40,7 +40,7 @@ class SlotRecords:
                 arrival = LoadEstimate(event.layers, event.nbytes, self._clock.time(), profile)
                 self._arrivals[slot.index] = arrival
                 self._leaving = {other for other in self._leaving if other.index != slot.index}
-                self.lease_table[slot.index] = SlotOccupant(slot.generation, 0)
+                self.occupants[slot.index] = SlotOccupant(slot.generation, 0)
             case LayerReady():
                 if slot.index in self._arrivals:
                     self._arrivals[slot.index].record(event.layer, self._clock.time())
@@ -59,7 +59,7 @@ class SlotRecords:
         For a load that began before the subscription, earlier arrival times are unknown.
         """
         slot = handle.slot
-        self.lease_table[slot.index] = SlotOccupant(slot.generation, handle.rank)
+        self.occupants[slot.index] = SlotOccupant(slot.generation, handle.rank)
         if handle.resident:
             return None
         if slot.index not in self._arrivals:

@@ -77,7 +77,7 @@ class Batch:
     of these only."""
     began: float
     adapter_queues: tuple[AdapterQueue, ...]
-    lease_table: Mapping[int, SlotOccupant]
+    occupants: Mapping[int, SlotOccupant]
     others_wait: bool = False
     """Whether ready rows wait for this batch to end, or an adapter has long waited for a slot in
     which no layers arrive. A pass all of whose rows wait for layers should give up then. Set for
@@ -115,7 +115,7 @@ class Batch:
         for row in self.rows:
             if row.handle is not None and row.handle.released:
                 raise HandleClosedError("the adapter was released", id=row.handle.id)
-        require_current([row.place for row in self.rows], self.lease_table)
+        require_current([row.place for row in self.rows], self.occupants)
 
 
 MAX_LOADS = 8
@@ -348,7 +348,7 @@ class AdapterScheduler:
             batch.others_wait = batch.others_wait or queue in batch.adapter_queues
 
     def _batch(self, selection: BatchSelection, now: float) -> Batch:
-        batch = make_batch(selection.rows, self._adapter_queues.slots.lease_table, self._pace, now)
+        batch = make_batch(selection.rows, self._adapter_queues.slots.occupants, self._pace, now)
         for ticket in selection.preempted:
             self._adapter_queues.preempt(ticket)
         dropped, self._adapter_queues.dropped = self._adapter_queues.dropped, []
@@ -449,13 +449,13 @@ class AdapterScheduler:
 
 def make_batch(
     picked: Sequence[tuple[AdapterQueue, Ticket, int]],
-    lease_table: Mapping[int, SlotOccupant],
+    occupants: Mapping[int, SlotOccupant],
     pace: PassTimeModel,
     now: float,
 ) -> Batch:
     """Make a batch of rows (adapter, request, tokens); raise `HandleClosedError` as `check`."""
     lengths = [tokens for _, _, tokens in picked]
-    plan = plan_batch([queue.place for queue, _, _ in picked], lengths, lease_table)
+    plan = plan_batch([queue.place for queue, _, _ in picked], lengths, occupants)
     rows = []
     for number in plan.order:
         queue, ticket, tokens = picked[number]
@@ -471,5 +471,5 @@ def make_batch(
         ),
         began=now,
         adapter_queues=adapter_queues,
-        lease_table=lease_table,
+        occupants=occupants,
     )
