@@ -337,7 +337,7 @@ class AdapterSpec:
     """Exceptions by module, in the order of the file."""
     alpha_patterns: tuple[ModulePattern, ...] = ()
     targets: ModuleNames = None
-    """`target_modules` as written; `formats.peft_targets` says which modules these are."""
+    """`target_modules` as written; `formats.peft_names` says which modules these are."""
     excluded: ModuleNames = None
     """`exclude_modules` as written."""
     layers: tuple[int, ...] = ()
