@@ -62,9 +62,9 @@ _call_numbers = count(1)
 
 
 class LoadCall:
-    """The block of a waiting caller's call: publishes its beginning and end, counts its error.
+    """The `with` block of a call: publish its beginning and end, and count its error.
 
-    No generator, which would take a µs more of every hit.
+    A class, because a generator would add a microsecond to every hit.
     """
 
     __slots__ = ("_method", "_number", "_ref", "_telemetry", "_token")
@@ -120,7 +120,7 @@ def kind_of(error: LoraxError) -> tuple[str, str]:
 
 
 class Telemetry:
-    """Collects totals, and publishes events to subscribers on the loop; a trace is the first."""
+    """Collects totals; publishes events on the loop to subscribers, of which a trace is the first."""
 
     def __init__(self, tracer: Tracer | None = None) -> None:
         self.tracer = tracer or Tracer()
@@ -161,7 +161,7 @@ class Telemetry:
                 _logger.exception("a subscriber failed on %s", type(event).__name__)
 
     def note(self, event: Event) -> None:
-        """Show an event to the trace alone, which `publish` does again."""
+        """Pass an event to the trace only, ahead of `publish`, which passes it again."""
         if self.tracer.on is not None:
             self.tracer.on.note(event)
 
@@ -425,7 +425,7 @@ NO_SPAN = Span(None, Record("files", None, "", 0, 0, {}))
 class TracedOccupancy:
     """An adapter's occupancy of a slot, whose `number` is "stay" in args.
 
-    `span` is that of its phase; `layers` are not ready yet, the one before was `at`.
+    `span` is that of its phase. `layers` are not ready yet; `at` is when the one before them was.
     """
 
     number: int
@@ -554,7 +554,7 @@ class Tracer:
         time = now() if start is None else min(start, now())  # a float may be rounded up
         return recorder.begin(Record(row, lane, name, time, 0, args))
 
-    def stays_in(self, slots: Iterable[int]) -> list[int]:
+    def occupancies_in(self, slots: Iterable[int]) -> list[int]:
         """Return the numbers of the occupancies of slots, which are "stays" in args."""
         recorder = self.on
         return [] if recorder is None else [recorder.occupancy_in(slot).number for slot in slots]

@@ -97,7 +97,7 @@ class Trace:
         if self._recorder is None:
             return NO_SPAN
         # Look the slots up now: the block may release the handles.
-        stays = self._tracer.stays_in(handle.slot.index for handle in handles)
+        stays = self._tracer.occupancies_in(handle.slot.index for handle in handles)
         text = f"layer {number}" if name is None else str(name)[:200]
         return self._tracer.span("compute", get_ident(), text, layer=number, stays=stays)
 

@@ -60,11 +60,11 @@ def _written_ranges(
             yield first, last, kind
 
 
-def _module_at(place: int, group: GroupPlan) -> int:
-    """Return the module of the last tensor that begins at or before `place` in the extent."""
+def _module_at(offset: int, group: GroupPlan) -> int:
+    """Return the module of the last tensor that begins at or before `offset` in the extent."""
     starts = [(start, row.module) for row in group.rows for start in (row.a, row.b)]
     starts += [(vector.offset, vector.module) for vector in group.vectors]
-    return max(start for start in starts if start[0] <= place)[1]
+    return max(start for start in starts if start[0] <= offset)[1]
 
 
 class GroupCopy(NamedTuple):
@@ -111,7 +111,7 @@ class SubmittedCopies:
         left, lock = len(parts), Lock()
         failure: BaseException | None = None
 
-        def count(ticket: CopyTicket) -> None:
+        def end(ticket: CopyTicket) -> None:
             nonlocal left, failure
             with lock:
                 left -= 1
@@ -124,7 +124,7 @@ class SubmittedCopies:
                 done.set_exception(failure)
 
         for ticket in parts:
-            ticket.add_done_callback(count)
+            ticket.add_done_callback(end)
         return done
 
 
@@ -297,9 +297,10 @@ class GroupTransfer:
         for first, last, kind in _written_ranges(window, TORCH_DTYPES[copy.dtype], group.vectors):
             good = content[first:last].view(kind).isfinite()
             if not good.all():
-                place = window.start + first + int(good.logical_not().nonzero()[0]) * kind.itemsize
+                bad = first + int(good.logical_not().nonzero()[0]) * kind.itemsize
+                module = self.module_names[_module_at(window.start + bad, group)]
                 raise AdapterFormatError(
-                    f"module {self.module_names[_module_at(place, group)]!r} has NaN or infinite"
+                    f"module {module!r} has NaN or infinite"
                     " weights; load it with check_finite=False if that is intended"
                 )
 
@@ -444,7 +445,7 @@ class CopyThreads:
             self._end(work, problem)
             return
         work.staging_seconds = submitted.staging_seconds
-        with suppress(MemoryError):  # without the tickets, only queue_behind has to do without
+        with suppress(MemoryError):  # only `queue_behind` needs the tickets
             tickets = zip(work.command.groups, submitted.tickets, strict=True)
             work.slot.group_tickets.update(tickets)
         submitted.joined().add_done_callback(lambda done: self._end(work, done.exception()))

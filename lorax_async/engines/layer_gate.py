@@ -34,7 +34,7 @@ class PassSpans:
 
     def __init__(self, tracer: Tracer, name: str, slots: Sequence[int]) -> None:
         self._tracer = tracer
-        self._stays = tracer.stays_in(slots)
+        self._stays = tracer.occupancies_in(slots)
         self._pass = tracer.span("compute", PASSES, name, adapters=len(slots))
         self._layers: dict[int, tuple[int, Span]] = {}  # by thread, as is `_left`
         self._left: dict[int, int] = {}

@@ -106,9 +106,7 @@ def next_file_state(state: FileState, move: FileMove) -> FileState:
     try:
         return FILE_MOVES[state, move]
     except KeyError:
-        raise InvalidTransitionError(
-            f"no move {move.value!r} for a file that is {state.value}"
-        ) from None
+        raise _unknown_move("file", state, move) from None
 
 
 def next_slot_state(state: SlotState, move: SlotMove) -> SlotState:
@@ -116,9 +114,11 @@ def next_slot_state(state: SlotState, move: SlotMove) -> SlotState:
     try:
         return SLOT_MOVES[state, move]
     except KeyError:
-        raise InvalidTransitionError(
-            f"no move {move.value!r} for a slot that is {state.value}"
-        ) from None
+        raise _unknown_move("slot", state, move) from None
+
+
+def _unknown_move(what: str, state: Enum, move: Enum) -> InvalidTransitionError:
+    return InvalidTransitionError(f"no move {move.value!r} for a {what} that is {state.value}")
 
 
 _K = TypeVar("_K")
@@ -159,7 +159,7 @@ _NO_PRIORITIES: dict[tuple[bool, int], int] = {}
 
 
 class WaiterSet:
-    """Waiters in order of arrival, with a count of each kind; `foreground` has some, by id."""
+    """Waiters in order of arrival, with a count of each kind; `foreground` has some of them."""
 
     __slots__ = ("_by_id", "_kinds", "_priorities", "foreground")
 

@@ -193,7 +193,7 @@ class Lifecycle:
         if must_go or state.slot is not SlotState.RESIDENT:
             return None
         # If it left all the same, pins that wait for few slots would take them from each other
-        # for ever. Once the lease ends, rule 8 looks for another adapter.
+        # forever. Once the lease ends, rule 8 looks for another adapter.
         state.leaving = False
         self._rules.notify_stays(state)
         state.pins += 1

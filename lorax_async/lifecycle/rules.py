@@ -688,7 +688,7 @@ class CopyQueue:
             return
         foreground = _is_foreground(state)
         if self._foreground.get(state.key) != foreground:
-            # It arrives, or a load joins the prefetch: neither has anything in store.
+            # It arrives, or a load joins the prefetch: neither has unused service.
             state.service_tag = max(state.service_tag, self.virtual_time)
             self._foreground[state.key] = foreground
         self._queue.update(state.key, _copy_order(state) if self._may_submit(state) else None)
@@ -735,10 +735,10 @@ class CopyQueue:
         return waits or self._copying_bytes < most or self._copying < self._threads
 
     def _next_run(self, state: AdapterState) -> tuple[int, ...]:
-        """Return the next groups for one thread; the last runs are short, lest a thread be idle.
+        """Return the next groups for one thread; the last runs are short, so that none is idle.
 
-        Only one if each is awaited or has an image; or read from a disk, which is fastest if the
-        threads read close to each other.
+        Return a single group if callers wait for each, if it has an image, or if it is read from a
+        disk, which is fastest if the threads read close to each other.
         """
         if state.image is not None or not state.is_fast or state.streams:
             return state.next_copies(1, 0)

@@ -139,9 +139,9 @@ class Acquirer:
     ) -> Lease | None:
         """Wait until the adapter is at `tier`; return a lease for tiers that have one, else None.
 
-        Also wait for the comparison with the digest in `ref`. On an error or a
-        cancellation the waiter is withdrawn. `siblings` are those of its prefetch, None for a load.
-        Unless it `preempts`, no adapter in use makes room for it.
+        Also wait for the comparison with the digest in `ref`. On an error or a cancellation the
+        waiter is withdrawn. `siblings` are those of its prefetch, None for a load. Unless it
+        `preempts`, no adapter in use makes room for it.
         """
         require_priority(priority)
         name = "stream" if tier is WantedTier.STREAM else "load"

@@ -366,9 +366,9 @@ class Driver:
                 self._publish(SlotFreed, command.key, slot=command.grant.slot)
 
     def _failed(self, key: AdapterKey, error: LoraxError) -> LoraxError:
-        """Return the error with its place, after publishing it.
+        """Return the error with its key, attempt and story; publish it first.
 
-        Once, though waiters and lease holders fail by different commands.
+        It is published once, although waiters and lease holders fail by different commands.
         """
         latest = self.telemetry.story(key)[-1:]
         if not (latest and isinstance(latest[0], Failed) and latest[0].error is error):

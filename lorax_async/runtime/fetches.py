@@ -28,6 +28,8 @@ from lorax_async.sources.base import AdapterFile, PinnedPages, RefusalCallback, 
 from lorax_async.telemetry import Telemetry
 from lorax_async.types import AdapterKey, RemoteKey, Verification
 
+_logger = logging.getLogger("lorax_async")
+
 LARGE_PREFIX = 256 * 1024
 """A longer header is parsed in a thread: it would block the loop for too long."""
 
@@ -87,9 +89,6 @@ class TransferPlanner:
 
 def _is_large(file: AdapterFile) -> bool:
     return len(file.prefix) > LARGE_PREFIX or file.config.count(b":") > MANY_MEMBERS
-
-
-_logger = logging.getLogger("lorax_async")
 
 
 Outcome = Callable[[], list[Command]]
@@ -334,7 +333,7 @@ class FetchTasks:
                 self.decide(key, span_fetched)
 
         def group_fetched(group: int) -> None:
-            """Report groups of one turn together; if nobody streams, those of `GATHER_SECONDS`."""
+            """Report groups of one turn together, or of `GATHER_SECONDS` if no caller streams."""
             missing.discard(group)
             if self.before_use:
                 return
@@ -350,7 +349,7 @@ class FetchTasks:
             try:
                 verification = await self.source.bring(file, spans, group_fetched, control)
             except BaseException:
-                fetched.clear()  # the outcome is another one, which may come first
+                fetched.clear()  # a `report` that is still due must not follow the failure
                 raise
         report()
         return verification

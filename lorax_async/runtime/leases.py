@@ -30,7 +30,7 @@ class AdapterVectors:
     """The biases and magnitudes of one slot occupancy; dropped when the slot is freed."""
 
     def __init__(self, plan: TransferPlan, grant: SlotGrant) -> None:
-        self._places = {
+        self._vectors = {
             (vector.module, vector.part): (
                 Extent(extent.offset + vector.offset, vector.nbytes),
                 TORCH_DTYPES[vector.dtype],
@@ -42,15 +42,15 @@ class AdapterVectors:
     @property
     def modules(self) -> list[int]:
         """The indexes of the layout's modules with a vector."""
-        return [module for module, _ in self._places]
+        return [module for module, _ in self._vectors]
 
     def view(self, device: Device, module: int, part: TensorRole) -> torch.Tensor | None:
         """Return a view `[out]`, in the file's dtype; None if the adapter has no such vector.
 
         `module` is the layout's index. The bytes are valid once the module's layer is ready.
         """
-        place = self._places.get((module, part))
-        return None if place is None else device.view(place[0]).view(place[1])
+        vector = self._vectors.get((module, part))
+        return None if vector is None else device.view(vector[0]).view(vector[1])
 
 
 class SlotOccupancy(SlotCopies):
@@ -171,9 +171,9 @@ class SlotOccupancy(SlotCopies):
         """Return the watermark at which `layer` is ready: 0 for a layer without tensors."""
         if not isinstance(layer, int) or not -1 <= layer <= self._num_layers:
             raise UsageError(f"layer {layer!r} is outside -1 … {self._num_layers}")
-        place = bisect_left(self.layers, layer)
-        present = place < len(self.layers) and self.layers[place] == layer
-        return place + 1 if present else 0
+        group = bisect_left(self.layers, layer)
+        present = group < len(self.layers) and self.layers[group] == layer
+        return group + 1 if present else 0
 
 
 class Lease:
@@ -445,9 +445,9 @@ class DigestChecks:
 
     def _known_digest(self, key: AdapterKey, known: Verification | None) -> str | None:
         """Return the known sha256 of `key`, or None."""
-        by_sha256 = known is not None and known.kind in ("sha256", "transport")
-        digest = known.digest if known is not None and by_sha256 else None
-        return digest or self._known.get(key)
+        if known is not None and known.digest and known.kind in ("sha256", "transport"):
+            return known.digest
+        return self._known.get(key)
 
     async def _run(self, key: AdapterKey) -> str:
         digest = self._known[key] = await self._source.digest(key)
