@@ -120,7 +120,7 @@ def kind_of(error: LoraxError) -> tuple[str, str]:
 
 
 class Telemetry:
-    """Collects totals; publishes events on the loop to subscribers, of which a trace is the first."""
+    """Collects totals; publishes events on the loop, to a trace and then to other subscribers."""
 
     def __init__(self, tracer: Tracer | None = None) -> None:
         self.tracer = tracer or Tracer()

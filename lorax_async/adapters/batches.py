@@ -369,7 +369,7 @@ class Bridge:
     """
 
     plan: Plan
-    # The weights in place; only a rank that is no multiple of 8 is copied, padded with zeros.
+    # The weights in place; only a rank that is not a multiple of 8 is copied, padded with zeros.
     stacks: list[Stack] = field(repr=False)
     local_ranks: list[int]
     world_size: int
@@ -390,8 +390,8 @@ class Bridge:
             local, rank = a.shape[1], b.shape[2]
             if world_size < 1 or rank not in (local, local * world_size):
                 raise UsageError(
-                    f"A of adapter {index} has rank {local} and B has {rank}, which is no share of"
-                    f" one in {world_size} processes; load the weights for this world size, and"
+                    f"A of adapter {index} has rank {local} and B has {rank}, which is not a share"
+                    f" of one in {world_size} processes; load the weights for this world size, and"
                     " give it to Bridge.of"
                 )
             kinds.append((len(a), a.shape[2], b.shape[1], a.dtype, b.dtype))

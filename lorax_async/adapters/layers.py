@@ -231,7 +231,7 @@ class Layer(NamedTuple):
         a, b, rank = factors["lora_A"], factors["lora_B"], spec.rank_of(name)
         if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
             raise AdapterFormatError(
-                f"{shown}: A {list(a.shape)} and B {list(b.shape)} are no pair of rank {rank},"
+                f"{shown}: A {list(a.shape)} and B {list(b.shape)} are not a pair of rank {rank},"
                 " which the config says; correct its r or rank_pattern"
             )
         if not (a.dtype.is_floating_point and b.dtype.is_floating_point):
@@ -312,8 +312,8 @@ def _share(model: AdapterModel, layer_type: str, a: torch.Tensor, b: torch.Tenso
     for part, whole in ((part_a, a), (part_b, b)):
         if part.numel() not in {whole.numel(), whole.numel() / model.world_size}:
             raise IncompatibleAdapterError(
-                f"{layer_type!r}: {list(part.shape)} is no even share of {list(whole.shape)} for"
-                f" {model.world_size} processes; use another world size"
+                f"{layer_type!r}: {list(part.shape)} is not an even share of {list(whole.shape)}"
+                f" for {model.world_size} processes; use another world size"
             )
     return part_a, part_b
 

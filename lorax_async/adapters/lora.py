@@ -213,8 +213,8 @@ class LoraConfig(AdapterConfig):
         `adapter_weights` are all tensors by their names in the file, or an open file; a file's path
         may stand for a tensor, as in LoRAX's servers. Raise `AdapterFormatError` for A without B or
         a module that the config leaves out, `UnsupportedAdapterError` for a tensor that is not
-        plain LoRA's, and
-        `IncompatibleAdapterError` for one whose module is not in `weight_names`, the model's.
+        plain LoRA's, and `IncompatibleAdapterError` for one whose module is not in `weight_names`,
+        the model's.
         """
         content = (
             dict.fromkeys(adapter_weights, adapter_weights)
@@ -331,7 +331,7 @@ class LoraWeights(AdapterWeights):
 
     @classmethod
     def _of(cls, found: StackedLayers, config: LoraConfig) -> Self:
-        """Return the weights of stacks that nobody else has: a copy would still be on its way."""
+        """Return the weights of new stacks, which no other object uses: they are not copied."""
         self = cls.__new__(cls)
         config = replace(config, padded_rank=found.padded_rank)
         self._take(found.a, found.b, found.local_rank, config)
@@ -386,7 +386,7 @@ class LoraWeights(AdapterWeights):
 
         Layers that the adapter leaves out are zeros. The result's config has the `padded_rank`.
         After success, names of used tensors are removed from `unused_weight_names`. Raise
-        `AdapterFormatError` or `UnsupportedAdapterError` for A and B that are no pair of the
+        `AdapterFormatError` or `UnsupportedAdapterError` for A and B that are not a pair of the
         config's rank, not of floating point, or too large once scaled; `IncompatibleAdapterError`
         if they do not fit the base or cannot be stacked or shared evenly; `UsageError` for an
         unknown type; `FetchError`, `IntegrityError` or `CapacityError` if the file cannot be read,
@@ -593,7 +593,7 @@ def merge_adapters(
     This is LoRAX's `lorax_server.utils.merges` with PEFT's numbers; to make a merge resident, use
     `merge_folders`. `adapters` are module map and config of each of `merge_params.adapter_ids`, in
     this order. DARE drops the same weights as PEFT if the first map has all modules, in the model's
-    order. The result are float32 tensors, all of the config's rank (smaller ranks padded with
+    order. The result holds float32 tensors, all of the config's rank (smaller ranks padded with
     zeros), with the scale 1: all scales and weights are in A and B. Raise `AdapterFormatError` for
     a scale, or its product with the weight, beyond float32, and `IncompatibleAdapterError` for
     shapes that do not fit each other.

@@ -125,7 +125,7 @@ def cached_file(repo: str, name: str, revision: str | None = None) -> str | None
         raise to_adapter_error(error, "the hub cache") from error
     except ValueError as error:  # an id that the hub cannot have was refused before
         raise FetchError(
-            "the hub cache is damaged: its file for this revision is no text; remove the"
+            "the hub cache is damaged: its file for this revision is not text; remove the"
             " repository from it, and load the adapter again"
         ) from error
     return path if isinstance(path, str) else None

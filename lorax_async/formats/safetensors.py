@@ -121,12 +121,12 @@ def header_size(
     if size > limits.max_header_bytes:
         if is_cut:
             raise AdapterFormatError(
-                f"{_WHAT}: this is no safetensors file, as its first bytes show; fetch it again, or"
-                f" {_RESAVE}"
+                f"{_WHAT}: this is not a safetensors file, as its first bytes show; fetch it again,"
+                f" or {_RESAVE}"
             )
         raise AdapterFormatError(
             f"{_WHAT}: a header of {size:,} bytes is over the limit of"
-            f" {limits.max_header_bytes:,}, or this is no safetensors file; raise"
+            f" {limits.max_header_bytes:,}, or this is not a safetensors file; raise"
             f" Limits.max_header_bytes, or {_RESAVE}"
         )
     if is_cut:

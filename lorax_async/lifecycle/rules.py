@@ -688,7 +688,7 @@ class CopyQueue:
             return
         foreground = _is_foreground(state)
         if self._foreground.get(state.key) != foreground:
-            # It arrives, or a load joins the prefetch: neither has unused service.
+            # It arrives, or a load joins the prefetch: no credit for the time before.
             state.service_tag = max(state.service_tag, self.virtual_time)
             self._foreground[state.key] = foreground
         self._queue.update(state.key, _copy_order(state) if self._may_submit(state) else None)

@@ -339,7 +339,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 """By `model_type`: decoders of embeddings, equal layers and `lm_head`, as transformers 5 has them.
 
-Its experts are no linear modules."""
+Its experts are not linear modules."""
 
 _UNSURE = {*HEAD_COUNTS, *KEY_VALUE_HEAD_COUNTS, *HEAD_DIMS, "text_config", "configuration_files"}
 """Keys that can change what counts, if a family does not read them."""

@@ -293,7 +293,7 @@ class Detokenizer:
         except Exception as error:
             if not str(error).startswith(_INVALID_PREFIX):
                 raise
-        # The bytes so far are no text: drop them, and start over with this token.
+        # The bytes so far are not text: drop them, and start over with this token.
         self._stream = DecodeStream(skip_special_tokens=True)
         return self._stream.step(self._tokenizer, token) or ""
 

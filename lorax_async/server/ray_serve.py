@@ -135,7 +135,7 @@ class AdapterIngress:
 
 
 def adapter_of(body: bytes) -> str:
-    """Return the `model` of a request's body; "" if that is no name, which a server refuses.
+    """Return the `model` of a request's body; "" if that is not a name, which a server refuses.
 
     Routers hash names, and remember them: one that is too long or has no UTF-8 is "" here.
     """

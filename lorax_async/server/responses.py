@@ -34,7 +34,7 @@ _BODY = "http.response.body"
 _logger = logging.getLogger("lorax_async.server")
 
 UNKNOWN = (errors.AdapterNotFoundError, errors.AccessDeniedError, errors.InvalidAdapterIdError)
-"""Of a client's model: it does not exist, as far as clients are told."""
+"""Errors reported as 404, so that a client cannot probe for private adapters."""
 
 INTERNAL = "Internal server error; the server's log has the details."
 """Internal details are for the operator's log only."""

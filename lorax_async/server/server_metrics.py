@@ -28,7 +28,7 @@ CALLS = frozenset({
 """Paths with a label of their own; all others, which clients make up, are "other"."""
 
 MAX_TIERS = 200
-"""Adapters with names of which the tier is told."""
+"""Named adapters whose tier is reported, at most."""
 
 FIRST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 WHOLE_SECONDS = (0.1, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0)

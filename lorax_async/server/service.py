@@ -430,7 +430,9 @@ def _stop_tokens(eos: Any, own: int | None) -> frozenset[int]:
         token for token in (*(eos if isinstance(eos, list) else [eos]), own) if token is not None
     ]
     if not all(isinstance(token, int) for token in tokens):
-        raise ValueError(f"eos_token_id of generation_config.json is {eos!r}, which is no token id")
+        raise ValueError(
+            f"eos_token_id of generation_config.json is {eos!r}, which is not a token id"
+        )
     return frozenset(tokens)
 
 

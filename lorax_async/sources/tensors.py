@@ -45,13 +45,13 @@ _GONE = "its tensors were dropped; pass them again to load_tensors"
 
 
 class TensorSnapshot:
-    """Copies tensors into a safetensors file, in any thread.
+    """Copies tensors into a safetensors file in memory, in any thread.
 
     Make it while the tensors have the values to copy; it waits for work that is queued by then on
     this thread's current streams. Call `measure`, then run `copy` to its end; then `key`, `prefix`
     and `content` (uint8 `[nbytes]`) are those of the file.
 
-    Raise `UsageError` for values that are no tensors.
+    Raise `UsageError` for values that are not tensors.
     """
 
     key: TensorsKey
@@ -130,7 +130,7 @@ class TensorSnapshot:
 def _version(name: object, tensor: object) -> int:
     """Return how often a tensor was written to; 0 in inference mode, where torch does not count."""
     if not isinstance(tensor, torch.Tensor):
-        raise UsageError(f"tensor {str(name)!r} is no torch tensor, but {type(tensor).__name__}")
+        raise UsageError(f"tensor {str(name)!r} is not a torch tensor, but {type(tensor).__name__}")
     return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 - torch has no other
 
 
@@ -415,7 +415,7 @@ class HostCopies:
                         stage="fetch",
                         retryable=nbytes <= self.nbytes,
                     )
-                await outcome(changed)  # until what is read now has been
+                await outcome(changed)  # until a reader of a dropped copy closes
 
     def give_back(self, copy: HostCopy) -> None:
         """End the copy's use of memory. Any thread."""

@@ -559,7 +559,7 @@ KINDS = r"adapter 1 has \(layers, in, out, dtypes\) "
 def test_adapters_that_do_not_fit_the_world_or_each_other_are_refused() -> None:
     for weights, world, named in [
         (shapes((12, 48)), 2, "A of adapter 0 has rank 12 and B has 48, .* no share of one in 2"),
-        (shapes((12, 48)), 1, "B has 48, which is no share of one in 1"),
+        (shapes((12, 48)), 1, "B has 48, which is not a share of one in 1"),
         (shapes((8, 16), (8, 24)), 2, "A of adapter 1 has rank 8 and B has 24"),
         (shapes((16, 8)), 2, "A of adapter 0 has rank 16 and B has 8"),
         (shapes((8, 8)), 0, "no share of one in 0 processes; load the weights for this world"),

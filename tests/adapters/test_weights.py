@@ -320,7 +320,9 @@ def test_a_model_that_drops_a_remainder_is_found_out() -> None:
         name, fused = model.target_to_layer[layer, "q_proj"]
         fused.sizes = [841, *fused.sizes[1:]]
         made |= base.pair(name, 840, 841)
-    with pytest.raises(IncompatibleAdapterError, match=r"'q_proj': \[64, 105\] is no even share"):
+    with pytest.raises(
+        IncompatibleAdapterError, match=r"'q_proj': \[64, 105\] is not an even share"
+    ):
         load(base.config(), model, made, "q_proj")
 
 

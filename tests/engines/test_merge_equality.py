@@ -283,8 +283,8 @@ def test_shapes_that_do_not_fit() -> None:
         (TIES, 3, made_map(2, Q, rank=3), rf"'{Q}': 'ties' cannot merge {sixes} \[3, 6\]"),
         (LINEAR, 2, made_map(2, Q, features=7), rf"{sixes} \[2, 7\]"),
         (LINEAR, 2, made_map(2, Q, features=1), rf"{sixes} \[2, 1\]"),
-        *((more, 2, ones, r"and B \[5, 3\] are no pair of rank 2") for more in (LINEAR, TIES)),
-        (LINEAR, 2, made_map(2, Q, rank=3), r"A \[3, 6\] and B \[5, 3\] are no pair of rank 2"),
+        *((more, 2, ones, r"and B \[5, 3\] are not a pair of rank 2") for more in (LINEAR, TIES)),
+        (LINEAR, 2, made_map(2, Q, rank=3), r"A \[3, 6\] and B \[5, 3\] are not a pair of rank 2"),
     ):
         adapters = [(made_map(1, Q), config_of()), (other, config_of(rank))]
         kind = AdapterFormatError if "pair" in problem else IncompatibleAdapterError

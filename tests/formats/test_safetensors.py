@@ -307,11 +307,11 @@ SIZES = {
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", 132),
         (b"version https", 132),
     ],
-    "this is no safetensors file, as its first bytes show": [
+    "this is not a safetensors file, as its first bytes show": [
         (b"version 1.0 of my weights", 25),
         (b"\xff" * 8, 2**63),
     ],
-    "or this is no safetensors file; raise": [(b"PK\3\4\0\0\0\0", 2**40)],
+    "or this is not a safetensors file; raise": [(b"PK\3\4\0\0\0\0", 2**40)],
     "only 9 of its 10 bytes could be read": [(b"\2\0\0\0\0\0\0\0{", 10)],
 }
 

@@ -119,7 +119,7 @@ def _with(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 REFUSED: list[tuple[Any, Any, type[errors.LoraxError], str]] = [
     ([torch.zeros(1)], {}, errors.UsageError, "a dict of torch tensors by name, not list"),
-    ({"x": [1.0]}, {}, errors.UsageError, "tensor 'x' is no torch tensor, but list"),
+    ({"x": [1.0]}, {}, errors.UsageError, "tensor 'x' is not a torch tensor, but list"),
     ({1: torch.zeros(1)}, {}, errors.UsageError, "tensor names must be str, not 1"),
     ({}, "{}", errors.UsageError, "a dict as in adapter_config.json, or a peft.LoraConfig"),
     ({"x": torch.zeros(1, device="meta")}, {}, errors.UsageError, "no plain bytes"),
