@@ -20,6 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 from event_loops import Run
+from leaks import descriptors
 from local_world import (
     CONFIG_NAME,
     FILES,
@@ -27,7 +28,6 @@ from local_world import (
     WEIGHTS_NAME,
     LocalWorld,
     cut,
-    descriptors,
     maps_below,
     nothing_left_open,
     refusal,

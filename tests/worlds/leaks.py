@@ -6,26 +6,27 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def open_files() -> set[str]:
-    """What the process's descriptors point to, without the loop's own plumbing."""
-    found = set()
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{fd}")
-        except FileNotFoundError:
-            continue
-        if target.startswith("/") and not target.startswith("/dev") and int(fd) > 2:
-            found.add(f"{fd} {target}")
+def descriptors() -> dict[str, str]:
+    """Return the targets of open descriptors by number."""
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # that of the listing itself
+            found[number] = os.readlink(f"/proc/self/fd/{number}")
     return found
+
+
+def open_files() -> set[str]:
+    """Return the open files, without standard streams, devices, pipes and sockets."""
+    return {
+        f"{number} {target}"
+        for number, target in descriptors().items()
+        if target.startswith("/") and not target.startswith("/dev") and int(number) > 2
+    }
 
 
 def open_sockets() -> int:
-    """How many sockets the process has."""
-    found = 0
-    for fd in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # that of the listing itself
-            found += os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
-    return found
+    """Return the number of open sockets."""
+    return sum(target.startswith("socket:") for target in descriptors().values())
 
 
 def our_threads() -> set[str]:

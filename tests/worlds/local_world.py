@@ -1,15 +1,16 @@
-"""A place with two roots and the local source over them; afterwards nothing may be open."""
+"""A local source with two roots, and a check that nothing is left open afterwards."""
 
 import asyncio
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import uvloop
+from leaks import descriptors
 from source_inputs import CONFIG, tensors
 
 from lorax_async import AdapterRef, Limits, LocalRoot, errors
@@ -22,18 +23,9 @@ FILES = [CONFIG_NAME, WEIGHTS_NAME]
 
 
 def maps_below(folder: Path) -> list[str]:
-    """This process's maps of files in there."""
+    """Return this process's maps of files below `folder`."""
     with open("/proc/self/maps") as maps:
         return [line for line in maps if f" {folder}/" in line]
-
-
-def descriptors() -> dict[str, str]:
-    """What is open, by number."""
-    found = {}
-    for number in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # that of the listing itself
-            found[number] = os.readlink(f"/proc/self/fd/{number}")
-    return found
 
 
 class LocalWorld:

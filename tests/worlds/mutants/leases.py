@@ -61,22 +61,22 @@ async def _hold_closed_later(self: FetchTasks, key: Any) -> None:
 
 
 LOADER: Mutants = {
-    "tenancy: a layer is ready once its own group is": mutant(
+    "occupancy: a layer is ready once its own group is": mutant(
         f"{HANDLES}::test_layers_come_one_by_one",
         (SlotOccupancy, "_needed", lambda self, layer: max(0, _needed(self, layer) - 1))),
-    "tenancy: a stream waits for the copies before a layer's": mutant(
+    "occupancy: a stream waits for the copies before a layer's": mutant(
         f"{HANDLES}::test_a_stream_awaits_all_before",
         (SlotOccupancy, "tickets", _own_tickets_only)),
-    "tenancy: a stream waits for all copies or is told to wait": mutant(
+    "occupancy: a stream waits for all copies or is told to wait": mutant(
         f"{HANDLES}::test_a_kernel_behind_copies_sees_their_bytes",
         (SlotOccupancy, "tickets", _known_tickets_only)),
-    "tenancy: a thread waits for its layer": mutant(
+    "occupancy: a thread waits for its layer": mutant(
         f"{HANDLES}::test_layers_come_one_by_one",
         (SlotOccupancy, "wait", lambda self, layer, timeout, check: check())),
-    "tenancy: a failure wakes all waiters": mutant(
+    "occupancy: a failure wakes all waiters": mutant(
         f"{HANDLES}::test_a_failure_reaches_all_who_wait",
         (SlotOccupancy, "fail", lambda self, error: setattr(self, "error", error))),
-    "tenancy: the end of a lease wakes its waiters": mutant(
+    "occupancy: the end of a lease wakes its waiters": mutant(
         f"{HANDLES}::test_a_release_ends_the_waits_of_others",
         skipped(SlotOccupancy, "wake_threads"),
         skipped(SlotOccupancy, "wake_tasks")),
@@ -99,7 +99,7 @@ LOADER: Mutants = {
         f"{HANDLES}::test_end_in_a_decision", (Driver, "_lease_ended", _ended_at_once)),
     "driver: what a subscriber causes comes after": mutant(
         f"{HANDLES}::test_a_subscriber_unpins", (Driver, "_execute", _obeyed_at_once)),
-    "actions: a reader stays open while it is copied from": mutant(
+    "fetches: a reader stays open while it is copied from": mutant(
         f"{ENDING}::test_a_copy_that_is_wanted_no_longer_reads_its_file_to_the_end",
         (FetchTasks, "close_idle_reader", lambda self, key: self.close_reader(key))),
     "replace: calls with one name come in their order": mutant(

@@ -97,7 +97,7 @@ HTTP: Mutants = {
     "shares: another origin gets its share from one that stalls": mutant(
         f"{SCHEDULER}::test_an_origin_that_stalls_keeps_one_connection",
         skipped(DownloadScheduler, "reclaim")),
-    "engine: it has ended when its threads have": mutant(
+    "downloader: it has ended when its threads have": mutant(
         f"{DOWNLOADS}::test_an_end_is_reported_once_nothing_is_written_any_more",
         skipped(WorkerPool, "_running_thread")),
 }  # fmt: skip
