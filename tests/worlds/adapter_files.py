@@ -1,4 +1,4 @@
-"""Adapter files in memory, in any order of tensors, and plans carried out on the CPU by torch."""
+"""Adapter files in memory, with tensors in any order; execution of plans by torch on the CPU."""
 
 import json
 import struct
@@ -21,7 +21,7 @@ ALIGNMENT = 64
 
 
 def file_of(tensors: Sequence[tuple[str, torch.Tensor]]) -> bytes:
-    """A safetensors file with the tensors' bytes in the order given."""
+    """Return a safetensors file with the tensors' bytes in this order."""
     entries: dict[str, object] = {}
     body = b""
     for name, tensor in tensors:
@@ -47,7 +47,7 @@ def pair(
     own: str = "F32",
     embedding: bool = False,
 ) -> list[tuple[str, torch.Tensor]]:
-    """What PEFT writes for one module: A, B, and a vector of dtype `own`."""
+    """Return what PEFT writes for one module: A, B, and a vector of dtype `own`."""
     stem, end = ("lora_embedding_", "") if embedding else ("lora_", ".weight")
     made = [
         (f"base_model.model.{path}.{stem}A{end}", torch.randn(rank, inputs).to(TORCH[dtype])),
@@ -61,7 +61,7 @@ def pair(
 def layout_of(
     *modules: tuple[str, int, int, int], num_layers: int = 12, transposed: bool = False
 ) -> ModelLayout:
-    """A layout of (name, in, out, layer), in BF16, of a model whose backbone is `model`."""
+    """Return a BF16 layout of (name, in, out, layer); the model's backbone is `model`."""
     made = tuple(Module(*module, Parallelism.COLUMN, transposed) for module in modules)
     return ModelLayout(made, num_layers, "BF16", "model.")
 
@@ -78,12 +78,12 @@ def plan(file: bytes, spec: AdapterSpec, layout: ModelLayout, **how: Any) -> Tra
 
 
 def content_of(spans: Iterable[ByteSpan], file: bytes) -> bytes:
-    """The bytes of all rows, one after the other."""
+    """Return the bytes of all rows, concatenated."""
     return b"".join(file[start:stop] for span in spans for start, stop in span.ranges())
 
 
 def carry_out(group: GroupPlan, file: bytes, dtype: str) -> torch.Tensor:
-    """The group's extent after its moves. No byte is written twice, none outside is read."""
+    """Return the extent after the group's moves; assert that they neither overlap nor leave it."""
     extent = torch.full((group.nbytes,), POISON, dtype=torch.uint8)
     written = torch.zeros(group.nbytes, dtype=torch.int32)
 
@@ -111,6 +111,6 @@ def carry_out(group: GroupPlan, file: bytes, dtype: str) -> torch.Tensor:
 
 
 def matrix(extent: torch.Tensor, offset: int, rows: int, columns: int, dtype: str) -> torch.Tensor:
-    """The matrix that lies at `offset` of an extent."""
+    """Return the matrix at `offset` of an extent."""
     nbytes = rows * columns * TORCH[dtype].itemsize
     return extent[offset : offset + nbytes].view(TORCH[dtype]).reshape(rows, columns)

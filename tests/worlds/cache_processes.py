@@ -1,4 +1,4 @@
-"""Disk caches in processes that are killed: run as a script, it forks them and tells by JSON."""
+"""Disk caches in processes that are killed. As a script: forks them, and reports in JSON."""
 
 import json
 import os
@@ -51,7 +51,7 @@ SPANS += [(900_000, NBYTES - 9)]
 
 
 def fork(main: Callable[..., None], *given: Any) -> tuple[int | None, list[Any]]:
-    """Run `main` in a process of its own; how that ended, and what it told."""
+    """Run `main` in a forked process; return its exit and what it reported."""
     reading, writing = Pipe(duplex=False)
     child = get_context("fork").Process(target=main, args=(*given, writing.send))
     child.start()
@@ -67,7 +67,7 @@ def fork(main: Callable[..., None], *given: Any) -> tuple[int | None, list[Any]]
 
 
 def fetch(folder: Path, tell: Tell) -> None:
-    """Have the adapter, and tell each span that was missing."""
+    """Fetch the adapter, and report each span that was missing."""
     with opened(folder) as world:
         found = begin(world.cache, KEY)
         if isinstance(found, DiskDownload):
@@ -98,7 +98,7 @@ def fetch_until(folder: Path, at: int, tell: Tell) -> None:
 
 
 def kills(base: Path) -> list[dict[str, Any]]:
-    """Kill a process after each of its calls that change something; a second one goes on."""
+    """Kill a process after each of its calls that change files; let a second one continue."""
     outcomes: list[dict[str, Any]] = []
     for at in range(1, 10_000):
         folder = base / str(at)
@@ -121,7 +121,7 @@ def kills(base: Path) -> list[dict[str, Any]]:
 
 
 def leave(folder: Path, _: Tell) -> None:
-    """Write all of it, and be killed."""
+    """Write the whole download, then kill this process."""
     with opened(folder) as world:
         download = begun(world.cache)
         put(download.file(WEIGHTS_FILE, NBYTES), CONTENT, ALL)
@@ -129,7 +129,7 @@ def leave(folder: Path, _: Tell) -> None:
 
 
 def fill_a_small_disk(folder: Path) -> None:
-    """Of 2 MiB. What was written stays, and is gone on with when there is room again."""
+    """Fill a disk of 2 MiB; written bytes stay, and the download continues once there is space."""
     with opened(folder / "cache") as world:
         keep(world.cache, key(0), bytes(500_000))
         download = begun(world.cache)
@@ -152,7 +152,7 @@ def fill_a_small_disk(folder: Path) -> None:
 
 
 def contend(folder: Path, seed: int, _: Tell) -> None:
-    """Have adapters in any order, on a budget for two; two of three are killed at some call."""
+    """Fetch adapters in random order with space for two; kill two of three processes at a call."""
     draw, calls = random.Random(seed), Calls(CHANGES)
     last = draw.randrange(10, 400) if seed % 3 else -1
     calls.after = lambda _: (
@@ -174,7 +174,7 @@ def contend(folder: Path, seed: int, _: Tell) -> None:
 
 
 def contended(base: Path) -> list[int | None]:
-    """Three at a time; how each of them ended."""
+    """Run three processes at a time; return how each one ended."""
     codes = list[int | None]()
 
     def run(first: int) -> None:

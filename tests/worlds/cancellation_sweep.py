@@ -1,4 +1,4 @@
-"""Stepping through a call one await at a time, and what must be true of a loader at rest."""
+"""Step through a call one await at a time, and check a loader at rest."""
 
 import asyncio
 import types
@@ -22,7 +22,7 @@ RESTING = {"resident", "present", "held", "read ahead"}
 def stepwise(
     work: Coroutine[Any, Any, Any], at_step: Callable[[int], None]
 ) -> Generator[Any, Any, Any]:
-    """Runs `work`, calling `at_step` with the number of each suspension just before it."""
+    """Run `work`; call `at_step` with the number of each suspension just before it."""
     steps = 0
     answer: Any = None
     error: BaseException | None = None
@@ -46,7 +46,7 @@ async def count_steps(work: Coroutine[Any, Any, Any]) -> int:
 
 
 async def cancel_at(work: Coroutine[Any, Any, Any], step: int) -> bool:
-    """Cancel `work` at its suspension number `step`; whether it ended cancelled."""
+    """Cancel `work` at its suspension number `step`; return whether it ended cancelled."""
 
     def cancel(current: int) -> None:
         if current == step:
@@ -71,7 +71,7 @@ async def released(work: Awaitable[Any]) -> None:
 
 
 def raising(error: Exception) -> Callable[..., None]:
-    """Stands for a step that fails with a copy of the error, if it is one of ours."""
+    """Return a step that raises the error, as a copy if it is a `LoraxError`."""
 
     def fail(*_: object, **__: object) -> None:
         raise error.located() if isinstance(error, LoraxError) else error
@@ -84,7 +84,7 @@ def our_tasks() -> list[str]:
 
 
 async def settle(loader: AdapterLoader) -> None:
-    """Wait until nothing is under way: no task of ours, no copy, nothing that leaves a tier."""
+    """Wait until no task of the loader runs and no adapter changes its tier."""
 
     def rests() -> bool:
         states = {found.state for found in loader.placement().adapters.values()}
@@ -94,7 +94,7 @@ async def settle(loader: AdapterLoader) -> None:
 
 
 class Bench:
-    """A loader on a gated CPU device, and what it must look like at rest."""
+    """A loader on a gated CPU device, and a check of its state at rest."""
 
     def __init__(self, loader: AdapterLoader, device: GatedDevice, adapter: Path | str) -> None:
         self.loader = loader

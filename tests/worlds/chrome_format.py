@@ -13,7 +13,7 @@ ROUNDING = 0.002  # Microseconds: times are whole nanoseconds, written as floats
 
 
 def require_trace(found: dict[str, Any]) -> list[Event]:
-    """Return its spans as complete events, by time. Fails with what is wrong."""
+    """Return the trace's spans as complete events, by time; assert that the format is right."""
     trace = json.loads(json.dumps(found, allow_nan=False))
     assert trace["displayTimeUnit"] in {"ms", "ns"}
     assert isinstance(trace.get("otherData", {}), dict)
@@ -33,7 +33,7 @@ def require_trace(found: dict[str, Any]) -> list[Event]:
 
 
 def _pairs(begun: list[Event], ended: list[Event]) -> list[Event]:
-    """Asynchronous events belong together by category and id. Here each pair has an id for itself."""
+    """Pair asynchronous events by category and id; each pair must have its own id."""
     ends = {(event["cat"], event["id"]): event for event in ended}
     pairs = []
     for begin in begun:
@@ -95,10 +95,10 @@ def _require_flows(starts: list[Event], ends: list[Event], complete: list[Event]
 
 
 def stop(event: Event) -> float:
-    """In microseconds."""
+    """The end, in microseconds."""
     return float(event["ts"] + event["dur"])
 
 
 def of(events: list[Event], row: str, name: str | None = None) -> list[Event]:
-    """Those of a row, and with a name."""
+    """Return the spans of a row, and of one name if it is given."""
     return [each for each in events if each["cat"] == row and name in {None, each["name"]}]

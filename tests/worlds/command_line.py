@@ -1,4 +1,4 @@
-"""What the tests of the command line share: adapters and bases in folders, and a terminal."""
+"""Adapters and bases in folders, and a terminal, for tests of the command line."""
 
 import errno
 import json
@@ -27,21 +27,21 @@ CONFIG |= {"num_key_value_heads": 3, "num_hidden_layers": 30, "vocab_size": 4915
 
 
 def base(folder: Path, **changes: object) -> str:
-    """The folder of a base: its config is all that the command line needs."""
+    """Write a base's folder; the command line needs only the config."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG | changes))
     return str(folder)
 
 
 def tiny_base(folder: Path) -> str:
-    """A base whose layers have the tiny adapters' shapes: q_proj and up_proj are of 32 to 64."""
+    """Write a base with the tiny adapters' shapes: q_proj and up_proj from 32 to 64."""
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "dtype": "float32"}
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 64}
     return base(folder, **heads, **sizes)
 
 
 def adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> str:
-    """The folder of an adapter of rank 8 for q_proj, with these tensors and changes."""
+    """Write an adapter of rank 8 for q_proj, with these tensors and config changes."""
     folder.mkdir()
     plain = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(plain | config))
@@ -51,18 +51,18 @@ def adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: object) ->
 
 
 def query(layer: int, rank: int = 8) -> dict[str, torch.Tensor]:
-    """The two tensors of one layer's q_proj."""
+    """Return A and B of one layer's q_proj."""
     path = f"model.layers.{layer}.self_attn.q_proj.lora_"
     return {f"{path}A.weight": torch.ones(rank, 576), f"{path}B.weight": torch.ones(576, rank)}
 
 
 def output(capsys: pytest.CaptureFixture[str]) -> Any:
-    """The one JSON value on stdout."""
+    """Return the JSON value on stdout."""
     return json.loads(capsys.readouterr().out)
 
 
 def on_a_terminal(arguments: Sequence[str]) -> tuple[subprocess.Popen[bytes], int]:
-    """Start `lorax-async` on a pseudo-terminal; returns the process and the terminal's side."""
+    """Start `lorax-async` on a pseudo-terminal; return the process and the terminal's end."""
     mine, theirs = os.openpty()
     command = [sys.executable, "-m", "lorax_async", *arguments]
     env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"}
@@ -72,7 +72,7 @@ def on_a_terminal(arguments: Sequence[str]) -> tuple[subprocess.Popen[bytes], in
 
 
 def read_until(fd: int, text: bytes | None = None) -> bytes:
-    """What the terminal shows until it has shown `text`, or (None) until the program is gone."""
+    """Read the terminal until it shows `text`; with None, until the program ends."""
     seen = b""
     while text is None or text not in seen:
         try:

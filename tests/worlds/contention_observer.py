@@ -1,4 +1,4 @@
-"""Six adapters in versions, and a device that believes calls, events and the test's own leases."""
+"""Six adapters in several versions, and a device that checks calls against events and leases."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ Cell = tuple[int, int, int, float]  # Where A and B are in the arena, padded ran
 
 @dataclass(slots=True, eq=False)
 class Stay:
-    """One adapter's time in a slot; `cells` are the rows that have been written, by module."""
+    """One adapter's occupancy of a slot; `cells` are the rows written so far, by module."""
 
     key: AdapterKey
     slot: SlotId
@@ -122,7 +122,7 @@ class ObservedDevice(SimulatedDevice):
         assert not self.faults, self.faults[:5]
 
     def heard(self, event: events.Event) -> None:
-        """Every event, on the loop."""
+        """Record an event. On the loop."""
         if event.slot is None:
             return
         with self._lock:
@@ -145,13 +145,13 @@ class ObservedDevice(SimulatedDevice):
                 stay.over = True
 
     def check_weights(self, stay: Stay, layer: int = LAYERS[-1]) -> None:
-        """The device has the right bytes of all layers up to this one."""
+        """Check that the device has the right bytes of all layers up to this one."""
         for module, weights in self._expected(stay.key).items():
             right = LAYERS[module] > layer or self._is_right(module, stay, weights)
             self.blame(right, f"wrong weights of module {module} in slot {stay.slot}")
 
     def _is_right(self, module: int, stay: Stay, weights: Weights) -> bool:
-        """Whether the tables name these weights, as a kernel would read them."""
+        """Return whether a kernel would read these weights through the tables."""
         slot = stay.slot.index
         found = self.operands(module, slot)
         if found is None:
@@ -182,7 +182,7 @@ class ObservedDevice(SimulatedDevice):
             self._flights.append((ticket, _range_of(memory)))
 
             def landed(ticket: CopyTicket) -> None:
-                """Nothing that was asked for later has begun."""
+                """Check the copy's bytes, before any later request begins."""
                 self.blame(torch.equal(memory, content), "memory was written to under a copy")
                 if ticket.exception() is None:
                     self._landed(stay, cells)
@@ -224,7 +224,7 @@ class ObservedDevice(SimulatedDevice):
         self.blame(self.column(stay.slot.index) == stay.cells, "rows of an earlier tenant")
 
     def column(self, slot: int) -> dict[int, Cell]:
-        """What a kernel finds: the rows with a rank."""
+        """Return the rows with a rank, as a kernel finds them."""
         a, b = (self.address[:, :, slot] - (self._base or 0)).tolist()
         cells = zip(a, b, self.rank[:, slot].tolist(), self.scale[:, slot].tolist(), strict=True)
         return {n: cell for n, cell in enumerate(cells) if cell[2]}
@@ -251,7 +251,7 @@ class ObservedDevice(SimulatedDevice):
             super().clear_column(slot)
 
     def kernel(self, slot: SlotId, layer: int) -> Kernel:
-        """One that reads all layers of a stay up to `layer`, from here on until it has run."""
+        """Return a kernel that reads all layers of an occupancy up to `layer`."""
         with self._lock:
             stay = self.stays[slot.index]
             stay.kernels += 1
@@ -265,7 +265,7 @@ class ObservedDevice(SimulatedDevice):
 
 
 class Kernel:
-    """Runs when it is its turn on its stream and `go` is set."""
+    """A kernel that runs in the order of its stream, once `go` is set."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self.go = Event()
@@ -306,7 +306,7 @@ QUICK = settings(derandomize=True, database=None, deadline=None, suppress_health
 
 @contextmanager
 def complaints(blame: Callable[[object, str], None]) -> Iterator[None]:
-    """While the block lasts, what is logged or goes wrong in a callback is blamed on the play."""
+    """Report what is logged, or raised in a callback, during the block as a fault."""
     asyncio.get_running_loop().set_exception_handler(lambda _, context: blame(False, str(context)))
     logger, handler = logging.getLogger("lorax_async"), logging.Handler(logging.ERROR)
     handler.emit = lambda record: blame(False, handler.format(record))  # type: ignore[method-assign]

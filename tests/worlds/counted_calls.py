@@ -1,4 +1,4 @@
-"""The operating system's calls, counted; one of them fails, or is the last that a process makes."""
+"""Count calls of the operating system; let one fail, or kill the process at it."""
 
 import fcntl
 import os
@@ -47,7 +47,7 @@ class Calls:
 
 
 def failing(names: tuple[str, ...], at: int, code: int) -> Calls:
-    """The call of that number, counted from 1, fails; the others do as always."""
+    """Let the call with this number, counted from 1, fail."""
     calls = Calls(names)
 
     def fail(name: str) -> None:

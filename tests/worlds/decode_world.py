@@ -1,4 +1,4 @@
-"""Engines over fake decoders, and what a generation would be alone."""
+"""Engines over fake decoders, and the tokens of a generation computed alone."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -49,7 +49,7 @@ class ScriptedDecoder(FakeDecoder):
 async def generating(
     source: FakeSource, *, scheduling: Any = None, decoder: Any = None, **settings: Any
 ) -> AsyncIterator[tuple[Engine, ScriptedDecoder, AdapterLoader]]:
-    """And closed; then the decoder keeps nothing, and no task or thread of the engine is left."""
+    """Yield an engine; once it is closed, assert that the decoder, tasks and threads hold nothing."""
     scheduling, loop = scheduling or {}, asyncio.get_running_loop()
     room = {"max_sequences": scheduling.get("max_begun")} | (decoder or {})
     made = ScriptedDecoder(loop=loop, **room)

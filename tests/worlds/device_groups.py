@@ -1,4 +1,4 @@
-"""Groups of weights to copy, and what every `Device` of a fixture `new_device` keeps to then."""
+"""Layer groups to copy, and the conformance suite of `Device`, by a fixture `new_device`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +33,7 @@ START = 64  # where a group's first tensor lies in its extent
 
 
 class TabledDevice(Device, Tables, Protocol):
-    """What kernels need as well: the tables."""
+    """A device with the tables that kernels need."""
 
 
 NewDevice = Callable[..., TabledDevice]
@@ -104,7 +104,7 @@ def staged(device: Device, content: bytes, target: int) -> StagedPiece:
 
 
 def group(seed: int, modules: Sequence[int], dtype: str = "F32", rank: int = 8) -> Group:
-    """Random weights. The file has odd offsets, and the extent another order, with gaps."""
+    """Return random weights. The file has odd offsets; the extent has another order, and gaps."""
     random = torch.Generator().manual_seed(seed)
     file, image, rows, weights = b"odd", b"", [], {}
     reads: list[ReadMove] = []
@@ -150,7 +150,7 @@ def extent(number: int) -> Extent:
 
 
 def holds(device: TabledDevice, slot: int, expected: dict[int, Operands]) -> None:
-    """The slot's column has these weights, bit for bit, and no others."""
+    """Assert that the slot's column has exactly these weights, bit for bit."""
     address, rank, scale = (t.cpu() for t in (device.address, device.rank, device.scale))
     for module in range(len(SHAPES)):
         operands = device.operands(module, slot)
@@ -236,7 +236,7 @@ class DeviceConformance:
             holds(device, n, groups[n].weights)
 
     def test_a_cleared_column_names_nobody(self, device: TabledDevice) -> None:
-        """Nor does the next tenant see anything of the last; the tables stay where they are."""
+        """The next occupant sees no rows of the last one; the tables keep their addresses."""
         stays = group(9, [0, 1, 3])
         tables = [table.data_ptr() for table in (device.address, device.rank, device.scale)]
         move(device, stays, extent(2), 1)
@@ -261,7 +261,7 @@ class DeviceConformance:
         holds(device, 1, stays.weights)
 
     def test_what_is_asked_for_takes_effect_in_order(self, device: TabledDevice) -> None:
-        """Copies, clearings and wipes; nobody waits in between, and extents change their owners."""
+        """Submit copies, clearings and wipes without waits, while extents change owners."""
         groups = [group(n, [n % 4, (n + 1) % 4]) for n in range(8)]
         tickets = [device.wipe([])]
         for n, made in enumerate(groups):
@@ -336,7 +336,7 @@ class DeviceConformance:
 
 
 class FileDeviceConformance(DeviceConformance):
-    """Of devices that read files: the arena is host memory."""
+    """The suite for devices that read files: the arena is host memory."""
 
     def test_nothing_else_is_written(self, device: TabledDevice) -> None:
         made = group(1, [0, 1])
@@ -348,7 +348,7 @@ class FileDeviceConformance(DeviceConformance):
         assert (memory == 0xFF).all()
 
     def test_what_was_written_before_the_copy_counts(self, device: TabledDevice) -> None:
-        """Converted tensors come this way: the copy has rows, and nothing to read."""
+        """Converted tensors are written first; their copy has rows and no bytes."""
         made = group(1, [0, 3])
         memory = device.host_view(extent(1))
         assert (memory.dtype, memory.shape) == (torch.uint8, (EXTENT,))
@@ -361,7 +361,7 @@ class FileDeviceConformance(DeviceConformance):
 
 
 class StagedDeviceConformance(DeviceConformance):
-    """Of devices with memory of their own."""
+    """The suite for devices with their own memory."""
 
     def test_what_it_cannot_do_it_refuses(self, device: TabledDevice) -> None:
         made = group(1, [0, 1])

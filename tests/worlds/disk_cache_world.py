@@ -1,4 +1,4 @@
-"""A disk cache in a folder of its own: what tests put in, and look at afterwards."""
+"""A disk cache in its own folder, for tests to fill and inspect."""
 
 import hashlib
 import os
@@ -36,7 +36,7 @@ class DiskWorld:
         return self.folder / "entries" / key.name
 
     def alter(self, key: CacheKey, name: str, content: bytes) -> None:
-        """The file's times are as before, so that only its bytes tell."""
+        """Change bytes, but not the file's times, so that only the bytes show it."""
         path = self.entry(key) / name
         before = path.stat()
         path.write_bytes(content)
@@ -91,7 +91,7 @@ def left(cache: DiskCache, of: CacheKey, content: bytes, spans: Iterable[ByteRan
 
 
 def stored(cache: DiskCache, of: CacheKey, content: bytes) -> CacheEntry:
-    """Download it as a whole."""
+    """Download the whole adapter."""
     with closing(begun(cache, of)) as download:
         for name, each in ((CONFIG_FILE, CONFIG), (WEIGHTS_FILE, content)):
             file = download.file(name, len(each))
@@ -125,14 +125,14 @@ def is_there(cache: DiskCache, of: CacheKey) -> bool:
 
 
 def below(folder: Path) -> set[str]:
-    """Return the paths of all that is in there but the cache's own folders and lock."""
+    """Return all paths in the folder, without the cache's own folders and lock."""
     own = {"entries", "partials", "trash", "answers", "lock"}
     paths = [path for path in folder.rglob("*") if path.parent != folder or path.name not in own]
     return {str(path.relative_to(folder)) for path in paths}
 
 
 def nothing_odd(folder: Path) -> None:
-    """All is private, entries are whole, nothing is open, in the trash, or half written."""
+    """Assert that files are private, entries whole, and nothing is open, trashed or partial."""
     assert open_below(folder) == []
     for path in folder.rglob("*"):
         status = path.lstat()

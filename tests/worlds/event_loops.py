@@ -14,7 +14,7 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait, for seconds at most, until something that is on its way has happened."""
+    """Wait until the condition is true; fail after some seconds."""
     for _ in range(5000):
         if condition():
             return

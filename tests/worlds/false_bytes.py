@@ -1,4 +1,4 @@
-"""Sources that find out too late that an adapter's bytes are others, and devices to look into."""
+"""Sources that find wrong bytes only after an adapter is used, and devices to inspect."""
 
 import tiny
 from gated_device import GatedDevice
@@ -12,7 +12,7 @@ FALSE = IntegrityError("its bytes are not what was promised", stage="verify", re
 
 
 def watched(source: FakeSource, **settings: object) -> tuple[AdapterLoader, GatedDevice]:
-    """A loader whose device can be looked into."""
+    """Return a loader, and its device for inspection."""
     device = GatedDevice(tiny.layout(), dtype="F32", nbytes=1 << 20, slots=4)
     plain: dict[str, object] = {"device_bytes": 1 << 20, "max_slots": 4, "timeout": 20}
     config = LoaderConfig(**(plain | settings))  # type: ignore[arg-type]
@@ -20,6 +20,6 @@ def watched(source: FakeSource, **settings: object) -> tuple[AdapterLoader, Gate
 
 
 def told_false(source: FakeSource, id: str = "a") -> None:
-    """What is known from now on: the bytes of `id` are others."""
+    """Let the verification of `id` end now, with wrong bytes."""
     source.fail("verify", FALSE, id=id)
     source.allow_verification(id)

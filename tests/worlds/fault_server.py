@@ -1,4 +1,4 @@
-"""A server on loopback that does as told, right or wrong: plain sockets, one thread each."""
+"""A loopback server with scripted, also wrong, behaviour: one thread per connection."""
 
 import socket
 import struct
@@ -18,7 +18,7 @@ class Hangup(Exception):
 
 @dataclass
 class Asked:
-    """A request as it came: fields by name in lower case."""
+    """A received request; field names are in lower case."""
 
     line: str
     fields: dict[str, str]
@@ -60,7 +60,7 @@ class Client:
     def part(
         self, start: int, stop: int, total: int, *fields: str, length: int | None = None
     ) -> None:
-        """The head of an answer with bytes [start, stop), of `length` bytes if it lies."""
+        """Send the head of a response with bytes [start, stop); `length` may be wrong."""
         self.head(
             "206 Partial Content",
             f"Content-Length: {stop - start if length is None else length}",
@@ -82,7 +82,7 @@ class Client:
         raise Hangup
 
     def reset(self) -> None:
-        """Close with RST in place of FIN."""
+        """Close with RST instead of FIN."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         raise Hangup
 
@@ -91,7 +91,7 @@ Behaviour = Callable[[Asked, Client], None]
 
 
 def begin(asked: Asked, client: Client, data: bytes, *fields: str) -> bytes:
-    """Send the head of the right answer; return the body that should follow."""
+    """Send the head of the correct response; return the body that should follow."""
     if asked.span is None:
         client.head("200 OK", f"Content-Length: {len(data)}", *fields)
         return data
@@ -101,13 +101,13 @@ def begin(asked: Asked, client: Client, data: bytes, *fields: str) -> bytes:
 
 
 def answer(asked: Asked, client: Client, data: bytes, *fields: str) -> None:
-    """The right one: the range that was asked for, or all of it."""
+    """Send the correct response: the requested range, or the whole content."""
     client.send(begin(asked, client, data, *fields))
 
 
 @dataclass
 class FaultServer:
-    """Serves `data` at every target; `behave` answers each request in its place."""
+    """Serves `data` at every target; `behave` answers each request instead, if given."""
 
     data: bytes
     behave: Behaviour | None = None
@@ -146,11 +146,11 @@ class FaultServer:
         return [asked.span for asked in self.asked]
 
     def connected(self) -> int:
-        """Connections that are open at both ends."""
+        """Return the number of connections that are open at both ends."""
         return sum(client.socket.fileno() >= 0 for client in self.clients)
 
     def right(self, asked: Asked, client: Client) -> None:
-        """What a good server answers."""
+        """Answer as a correct server does."""
         answer(asked, client, self.data, *([f"ETag: {self.etag}"] if self.etag else []))
 
     def _accept(self) -> None:
@@ -192,7 +192,7 @@ class FaultServer:
         return Asked(line, fields, raw, body)
 
     def stalled(self, asked: Asked, client: Client) -> None:
-        """Right, but for all requests after the first only 100 bytes come."""
+        """Answer a range from 0 correctly; of all others send 100 bytes, then stall."""
         body = begin(asked, client, self.data, f"ETag: {ETAG}")
         if asked.span and asked.span[0] == 0:
             client.send(body)
@@ -209,7 +209,7 @@ def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
 
 
 def meanwhile(call: Callable[[], object]) -> threading.Thread:
-    """Run it in another thread, and wait for it for a moment."""
+    """Run it in another thread, and wait a moment for it."""
     thread = threading.Thread(target=call)
     thread.start()
     thread.join(0.2)

@@ -1,4 +1,4 @@
-"""The adapters of a soak, and their source, a process in which three requests of ten meet a fault."""
+"""The adapters of a soak, and their source: a process that fails three requests of ten."""
 
 import base64
 import hashlib
@@ -43,7 +43,7 @@ class Stored:
 
     @property
     def promised(self) -> bool:
-        """The source tells the digests of its files before they are read."""
+        """Whether the source sends the digests of its files before they are read."""
         return self.number % 2 == 0
 
     @cached_property
@@ -53,7 +53,7 @@ class Stored:
 
     @cached_property
     def header(self) -> bytes:
-        """As safetensors writes it, the tensors in the order of their names."""
+        """The header that safetensors writes, with tensors in the order of their names."""
         fields, at = {}, 0
         for module in sorted(MODULES):
             for part, shape in (("A", [self.rank, HIDDEN]), ("B", [HIDDEN, self.rank])):
@@ -67,11 +67,11 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Of the weights' file."""
+        """The size of the weights' file."""
         return len(self.header) + self.rank * BYTES_PER_RANK
 
     def weights(self, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes [start, stop) of the weights' file."""
+        """Return bytes [start, stop) of the weights' file."""
         stop = self.nbytes if stop is None else stop
         at, end = max(0, start - len(self.header)), max(0, stop - len(self.header))
         first = (at + self.number * _STRIDE) % _PERIOD
@@ -80,17 +80,17 @@ class Stored:
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
-        """sha256 of config and weights."""
+        """The sha256 of config and weights."""
         return tuple(hashlib.sha256(data).hexdigest() for data in (self.config, self.weights()))
 
     @property
     def version(self) -> str:
-        """What stands in its ETags."""
+        """The version in its ETags."""
         return hashlib.sha1(f"{self.name} {self.rank}".encode() + self.pattern[:64]).hexdigest()
 
 
 def library(seed: int) -> tuple[Stored, ...]:
-    """All adapters, the most popular one first; their sizes are spread evenly by their logarithms."""
+    """Return all adapters, the most popular first; sizes are spread evenly by their logarithms."""
     draw = random.Random(seed)
     pattern = draw.randbytes(_PERIOD)
     ranks = [round(2 * 128 ** (n / (COUNT - 1))) for n in range(COUNT)]
@@ -105,7 +105,7 @@ DAMAGING = ("wrong", "changed")  # After these the bytes are not those that were
 
 @dataclass(frozen=True)
 class Answer:
-    """What a good server sends: `start` is where the body begins in the file of `total` bytes."""
+    """A correct response: its body begins at `start` of the file of `total` bytes."""
 
     status: str
     fields: list[str]
@@ -115,7 +115,7 @@ class Answer:
 
 
 class FaultySource(FaultServer):
-    """Serves `/aNNN/FILE`, and to whoever runs the soak `/counts` and `/calm`."""
+    """Serves `/aNNN/FILE`; and `/counts` and `/calm` for the soak itself."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(b"")
@@ -230,14 +230,14 @@ def _wait(client: Client, seconds: float) -> None:
 
 
 def _stall(answer: Answer, client: Client, draw: random.Random) -> None:
-    """For longer than whoever reads has patience, or not."""
+    """Stall for longer or shorter than the reader's timeout."""
     sent = _half(answer, client)
     _wait(client, draw.uniform(0.1, 2.0))
     client.send(answer.body[sent:])
 
 
 def _slow(answer: Answer, client: Client, draw: random.Random) -> None:
-    """So that reading never ends by itself; for some seconds at most."""
+    """Send so slowly that reads do not time out; for some seconds at most."""
     client.head(answer.status, *answer.fields)
     sent = 0
     for _ in range(draw.randrange(5, 40)):
@@ -258,8 +258,9 @@ def _wrong(answer: Answer, client: Client, draw: random.Random) -> None:
 
 
 def _changed(answer: Answer, client: Client, draw: random.Random) -> None:
-    """Another version. Of one whose beginning comes, by which it is known, the bytes are the same;
-    there are two of each file, for every version is remembered.
+    """Answer with another ETag, and with other bytes unless the body begins the file.
+
+    There is one such ETag per file for its beginning: readers remember every version.
     """
     rest = [field for field in answer.fields if not field.startswith("ETag")]
     name = f"{draw.getrandbits(64):016x}" if answer.start else "once"
@@ -268,7 +269,7 @@ def _changed(answer: Answer, client: Client, draw: random.Random) -> None:
 
 
 def _other(answer: Answer, draw: random.Random) -> bytes:
-    """One byte of what follows the header is another one."""
+    """Change one byte after the header."""
     body = bytearray(answer.body)
     body[draw.randrange(max(0, answer.header - answer.start), len(body))] ^= 1 << draw.randrange(8)
     return bytes(body)
@@ -287,7 +288,7 @@ FAULTS: dict[str, tuple[int, Callable[[Answer, Client, random.Random], None]]] =
 
 
 def main() -> None:
-    """Until stdin ends, which it also does when whoever started this was killed."""
+    """Serve until stdin ends, as it also does when the parent process is killed."""
     with FaultySource(int(sys.argv[1])) as source:
         sys.stdout.write(f"{source.port}\n")
         sys.stdout.flush()

@@ -34,7 +34,7 @@ class GatedDevice(CpuDevice):
         self._arena.fill_(POISON)
 
     def let_through(self) -> None:
-        """Let the copies go on that have begun, and hold later ones."""
+        """Let the copies that have begun go on, and hold later ones."""
         with self._count:
             gate, self.gate = self.gate, threading.Event()
         gate.set()

@@ -1,4 +1,4 @@
-"""A small hub on loopback, as huggingface_hub's client reads it, and a port where large files lie."""
+"""A small hub on loopback for huggingface_hub's client, and a second port for large files."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ class Reply:
 
 @dataclass
 class Repo:
-    """`token` is what it takes to see it at all; who is not in `accepted` may not have a gated one."""
+    """A repository, visible with `token` only; if gated, its files need the token `accepted`."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
@@ -53,13 +53,13 @@ def sha256(content: bytes) -> str:
 
 
 def is_large(name: str) -> bool:
-    """Kept by LFS, as .gitattributes of new repositories say."""
+    """Return whether LFS keeps the file, as in .gitattributes of new repositories."""
     return name.endswith((".safetensors", ".bin"))
 
 
 @dataclass
 class HubStandIn:
-    """`behave` is shown each request first, and may answer it otherwise."""
+    """A hub server; `behave` gets each request first, and may answer it instead."""
 
     behave: Callable[[Asked], Reply | None] | None = None
     asked: list[Asked] = field(default_factory=list)
@@ -81,7 +81,7 @@ class HubStandIn:
     def put(
         self, repo: str, files: Files, revision: str = "main", *, private_token: str | None = None
     ) -> str:
-        """A commit with these files, on a branch (or under any ref); returns its name."""
+        """Commit these files on a branch, or under any ref; return the commit's name."""
         found = self.repos.setdefault(repo, Repo())
         found.token = private_token or found.token
         listing = sorted((name, git_sha1(content)) for name, content in files.items())
@@ -91,7 +91,7 @@ class HubStandIn:
         return commit
 
     def gate(self, repo: str, accepted: str) -> None:
-        """From now on only who comes with this token may have its files."""
+        """Require this token for the repository's files from now on."""
         self.repos[repo].accepted = accepted
 
     def asked_for(self, method: str, name: str = "") -> list[Asked]:
@@ -148,7 +148,7 @@ class HubStandIn:
         return Reply(302, {**fields, **linked, "Location": place})
 
     def _stored(self, asked: Asked) -> Reply:
-        """By digest, to whoever has the signature; a store of objects knows no tokens."""
+        """Serve a file by its digest for a signed URL; an object store does not check tokens."""
         path, _, query = asked.target.partition("?")
         if query != SIGNATURE or "authorization" in asked.fields:
             return Reply(403, {}, b"<Error><Code>AccessDenied</Code></Error>")

@@ -1,4 +1,4 @@
-"""What this process has open or running: files, maps, sockets, threads."""
+"""The files, maps, sockets and threads of this process."""
 
 import os
 import threading
@@ -34,6 +34,6 @@ def our_threads() -> set[str]:
 
 
 def mapped_files() -> list[str]:
-    """Maps of adapters' files; nothing of ours maps a file that it does not own."""
+    """Return the maps of adapters' files."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     return [line for line in maps if "adapter_model" in line]

@@ -22,7 +22,7 @@ from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
 
 
 def perform(world: World, action: Action) -> None:
-    """Let `action` happen, and check everything the lifecycle answers."""
+    """Perform `action`, and check all commands that the lifecycle returns."""
     for command in getattr(world, str(action[0]))(*action[1:]):
         a = world.setting.keys.index(command.key)
         _judge_files(world, a, command)
@@ -187,7 +187,7 @@ def _judge_notices(world: World, a: int, command: commands.Command) -> None:
             missing = set(range(command.watermark)) - world.on_device[a]
             forbid(missing, "a layer was told before its bytes, or those before it")
         case commands.NotifyUnloaded():
-            forbid(not world.unloads.get(a), "unloaded, but nobody asked for it")
+            forbid(not world.unloads.get(a), "unloaded, but no caller asked for it")
             forbid(a in world.holder, "unloaded, but on the device")
             forbid(a in world.populating | world.held, "unloaded, but in host memory")
             life = world.lifecycle.states.get(command.key)
@@ -248,7 +248,7 @@ def _check_between_steps(world: World) -> None:
         life = world.life(a)
         leaves = life.departing or life.slot is SlotState.DRAINING or world.closed
         forbid(a in world.told and not leaves, "told to be leaving, but stays")
-        forbid(life.departing and a not in world.told, "leaving, but nobody was told")
+        forbid(life.departing and a not in world.told, "leaving, but without a notice")
     _check_served(world)
     _check_memory(world)
     _check_forward(world)
@@ -270,7 +270,7 @@ def _check_images(world: World) -> None:
 
 
 def _check_served(world: World) -> None:
-    """Nobody waits for what is here, nor past their age for what others take leases on."""
+    """No waiter waits for a tier that is reached, or starves while others get leases."""
     for waiter, (a, tier, foreground) in world.waiting.items():
         open_for_leases = a not in world.told and not world.unloads.get(a)
         here = world.is_complete(a) or (tier is WantedTier.STREAM and a in world.holder)
@@ -285,11 +285,11 @@ def _check_starving(world: World, a: int) -> None:
         return
     for holder in world.holder:
         rests = world.is_complete(holder) and not world.pins.get(holder)
-        forbid(rests and holder not in world.told, "somebody starves while others may take leases")
+        forbid(rests and holder not in world.told, "a waiter starves while others may take leases")
 
 
 def _check_memory(world: World) -> None:
-    """What holds nothing of any budget is remembered up to a limit, and no longer."""
+    """Adapters without memory are remembered up to a limit."""
     remembered, states = world.lifecycle._idle, world.lifecycle.states
     idle = {key for key, life in states.items() if life.is_idle}
     forbid(set(remembered._entries) != idle, "others are remembered than those that are idle")
@@ -309,7 +309,7 @@ def _holds_nothing(world: World, a: int) -> bool:
 
 
 def _check_forward(world: World) -> None:
-    """With nothing in flight and nothing in use nobody may still wait, whatever is pinned."""
+    """Without work in flight and without leases, no waiter is left, whatever is pinned."""
     lifecycle = world.lifecycle
     stages = (world.fetches, world.populating, world.releasing, world.copies, world.wiping)
     in_flight = any(stages)
@@ -318,8 +318,8 @@ def _check_forward(world: World) -> None:
         return
     due = world.setting.min_residency and lifecycle.next_tick is not None
     forbid(world.waiting and not due, "stranded")
-    forbid(any(world.unloads.values()), "nobody ends an unload")
-    forbid(any(life.demoted for life in lifecycle.states.values()), "nobody ends a demotion")
+    forbid(any(world.unloads.values()), "an unload never ends")
+    forbid(any(life.demoted for life in lifecycle.states.values()), "a demotion never ends")
     active = not lifecycle.at_rest or world.held or world.holder
     forbid(world.closed and active, "closed and idle, but not at rest")
 
@@ -336,7 +336,7 @@ def clone(world: World) -> World:
 
 
 def _twin(original: _Original) -> _Original:
-    """The same, with containers of its own."""
+    """Return a copy with its own containers."""
     twin = original.__new__(type(original))
     for name, value in vars(original).items():
         twin.__dict__[name] = value.copy() if hasattr(value, "copy") else value
@@ -344,7 +344,7 @@ def _twin(original: _Original) -> _Original:
 
 
 def _clone_lifecycle(world: World) -> Lifecycle:
-    """What copy.deepcopy would give, a hundred times faster."""
+    """Return what copy.deepcopy returns, a hundred times faster."""
     old = world.lifecycle
     budgets = old.budgets
     images = _twin(budgets.images) if world.setting.image_bytes else budgets.images
@@ -386,7 +386,7 @@ _printed = attrgetter(
 
 
 def fingerprint(world: World) -> tuple[object, ...]:
-    """Two worlds with one fingerprint have the same future: no counters, only their order."""
+    """Return a key of the world's future: counters are replaced by their order."""
     order = {w: n for n, w in enumerate(sorted(world.waiting))}
     states = world.lifecycle.states
     return (
@@ -436,7 +436,7 @@ def _life_print(
 
 
 def _grant_print(world: World, life: AdapterState) -> tuple[object, ...]:
-    """Extents, how many grants are older, and whether it may be evicted."""
+    """Return a grant's extents, the number of older grants, and whether it may be evicted."""
     if life.grant is None:
         return ()
     generation = life.grant.slot.generation
@@ -451,7 +451,7 @@ def _age(world: World, since: float, most: int) -> int:
 
 
 def explore(setting: Setting, *, limit: int = 1_000_000) -> int:
-    """Visit every state that can be reached; returns how many there are.
+    """Visit every reachable state; return the number of states.
 
     Raises the first violation, with the way that led to it.
     """

@@ -147,7 +147,7 @@ class World:
 
     @property
     def leased(self) -> list[int]:
-        """Adapters, once for each lease."""
+        """The adapters of all leases, one entry per lease."""
         return self.idle_leases + self.busy_leases
 
     def is_complete(self, a: int) -> bool:
@@ -157,7 +157,7 @@ class World:
         return self.lifecycle.states[self.setting.keys[a]]
 
     def forget_content(self, a: int) -> None:
-        """What lies in page-locked memory of this adapter must not be used again."""
+        """Forget the adapter's page-locked image: its bytes must not be used again."""
         for offset in [offset for offset, (owner, _) in self.content.items() if owner == a]:
             del self.content[offset]
 
@@ -244,7 +244,7 @@ class World:
         return self.lifecycle.end_use(self.setting.keys[a])
 
     def age(self) -> list[Command]:
-        """Time passes; the lifecycle hears of it only where it asked to."""
+        """Advance the time; tick the lifecycle only when it asked for it."""
         self.now += self.setting.step
         due = self.lifecycle.next_tick
         if due is not None and due <= self.now:
@@ -306,7 +306,7 @@ class World:
         return self.lifecycle.copy_done(copy, *others, fast=self.setting.run_bytes > 64)
 
     def copies_done(self, a: int, groups: tuple[int, ...], more: tuple[int, ...]) -> list[Command]:
-        """Two runs of one adapter have ended before the loop hears of the first."""
+        """End two runs of one adapter before the loop handles the first."""
         other = self.copies.pop((a, more))
         if other.image is not None:
             self.content[other.image.offset] = (a, more[0])
@@ -426,7 +426,7 @@ RESIDENT: dict[str, Any] = {"min_residency": MIN_RESIDENCY}
 def _world(
     sizes: tuple[tuple[int, ...], ...], *wishes: tuple[WantedTier, bool], no: str = "", **more: Any
 ) -> Setting:
-    """`no` names flags that are off here."""
+    """Return a world's setting; `no` names flags that are off in it."""
     flags: dict[str, Any] = dict.fromkeys(no.split(), False)
     return Setting(wishes, sizes, **flags, **more)
 

@@ -70,7 +70,7 @@ def nothing_left_open(base: Path, **options: bool) -> Iterator[LocalWorld]:
 def refusal(
     world: LocalWorld, ref: AdapterRef | str | Path, kind: type[errors.LoraxError], *words: str
 ) -> errors.LoraxError:
-    """The error of resolving it, which is of exactly that kind, and says so."""
+    """Return the error of resolving `ref`: of exactly this kind, with these words."""
     ref = ref if isinstance(ref, AdapterRef) else AdapterRef(ref)
     with pytest.raises(errors.LoraxError) as caught:
         asyncio.run(world.source.resolve(ref))

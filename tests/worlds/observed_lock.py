@@ -1,10 +1,10 @@
-"""A lock of whose waiting tests hear, so that they need not guess how slow a thread is."""
+"""A lock that reports waits, so that tests do not guess how slow a thread is."""
 
 from threading import Event, Lock
 
 
 class ObservedLock:
-    """Sets `waited` when somebody has to wait for it."""
+    """A lock that sets `waited` when a thread has to wait for it."""
 
     def __init__(self, waited: Event) -> None:
         self._waited = waited

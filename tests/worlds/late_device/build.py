@@ -39,7 +39,7 @@ _EVERY_STREAM = -1
 
 
 class NotBuilt(RuntimeError):
-    """There is no late device here; the text says why."""
+    """The late device cannot be built here; the text says why."""
 
 
 class _DeviceModule(ModuleType):
@@ -77,14 +77,14 @@ _MODULE = _DeviceModule("torch.late")
 
 @cache
 def load() -> None:
-    """Make torch know the device "late" in this process. Builds it (10 s) if nobody has yet."""
+    """Register the device "late" in this process; build it first (10 s) if necessary."""
     _library()
     rename_privateuse1_backend("late")
     vars(torch)["_register_device_module"]("late", _MODULE)
 
 
 def hold(stream: torch.Stream | None = None) -> None:
-    """Let the stream (every stream: None) start nothing more. The default ones are held as one."""
+    """Let a stream, or all (None), start nothing more. Default streams are held as one."""
     allow(0, stream)
 
 
@@ -93,7 +93,7 @@ def release(stream: torch.Stream | None = None) -> None:
 
 
 def allow(items: int, stream: torch.Stream | None = None) -> None:
-    """Let the stream start so many items (copies, fills, records and waits), then hold it."""
+    """Let the stream start this many items (copies, fills, records, waits), then hold it."""
     _library().late_set_allowance(_EVERY_STREAM if stream is None else stream.stream_id, items)
 
 
@@ -107,14 +107,14 @@ def held(stream: torch.Stream | None = None) -> Iterator[None]:
 
 
 def fail_allocations(*, device: int = 0, pinned: int = 0) -> None:
-    """The next so many raise `torch.OutOfMemoryError`; pinned ones `torch.AcceleratorError`."""
+    """Fail the next allocations: `torch.OutOfMemoryError`, pinned `torch.AcceleratorError`."""
     _library().late_fail_allocations(device, pinned)
 
 
 def lose() -> None:
-    """What is queued is dropped; streams and events raise `torch.AcceleratorError` until restored.
+    """Drop queued work; streams and events raise `torch.AcceleratorError` until restored.
 
-    It is a `RuntimeError`, and what CUDA raises. Whoever waits is woken by it.
+    This `RuntimeError` is what CUDA raises. Threads that wait are woken.
     """
     _library().late_set_lost(True)
 
@@ -124,7 +124,7 @@ def restore() -> None:
 
 
 def show_devices(count: int) -> None:
-    """How many `torch.accelerator` counts, 1 or 2. `fork_rng` warns where there are several."""
+    """Set the device count of `torch.accelerator`, 1 or 2. `fork_rng` warns if there are two."""
     _MODULE.visible = count
 
 
@@ -133,7 +133,7 @@ def pending() -> int:
 
 
 def reset() -> None:
-    """As after `load`, once all that is queued has run. For the end of a test."""
+    """Run queued work, then restore the state after `load`. For the end of a test."""
     restore()
     fail_allocations()
     show_devices(1)
@@ -155,7 +155,7 @@ def _library() -> ctypes.CDLL:
 
 
 def library_path() -> Path:
-    """The library in the cache, compiled if it is not there. Raises `NotBuilt`."""
+    """Return the library in the cache; compile it if it is missing. Raises `NotBuilt`."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise NotBuilt("the late device needs g++, or another compiler named by CXX")

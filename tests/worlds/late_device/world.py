@@ -1,4 +1,4 @@
-"""What tests of the late device start with."""
+"""Fixtures for tests of the late device."""
 
 import ctypes
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ LATE = "late:0"  # no torch.device, which knows the name only once it is loaded
 
 
 def loaded() -> Iterator[None]:
-    """For a fixture: the device is there, and afterwards as it was; not run where it cannot be."""
+    """Load the device for a fixture and reset it afterwards; skip where it cannot be built."""
     try:
         build.load()
     except build.NotBuilt as missing:
@@ -22,7 +22,7 @@ def loaded() -> Iterator[None]:
 
 
 def bytes_now(tensor: torch.Tensor) -> set[int]:
-    """What memory holds at this moment, whatever streams have yet to do."""
+    """Return memory's present bytes, without waiting for streams."""
     return set(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
 
 

@@ -1,4 +1,4 @@
-"""The disk cache: what is on the disk before what, and what excludes whom."""
+"""The disk cache: the order of writes to disk, and mutual exclusion."""
 
 import os
 from typing import Any

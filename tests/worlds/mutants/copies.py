@@ -1,4 +1,4 @@
-"""Layer groups on their way: staging buffers, tickets, and how the loop hears of them."""
+"""Copies of layer groups: staging buffers, tickets, and reports to the loop."""
 
 from typing import Any
 

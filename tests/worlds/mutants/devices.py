@@ -1,4 +1,4 @@
-"""Bytes, rows and events on devices: what is written before what, and who waits for it."""
+"""Bytes, rows and events on devices: the order of writes, and waits for them."""
 
 from concurrent.futures import Future
 from typing import Any
@@ -18,7 +18,7 @@ _write, _write_rows = TableColumns.write, CpuDevice._write_rows
 
 
 def done(*_: object, **__: object) -> Future[None]:
-    """Return a ticket of which nothing is waited for."""
+    """Return a ticket that is done."""
     ticket: Future[None] = Future()
     ticket.set_result(None)
     return ticket

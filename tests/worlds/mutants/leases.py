@@ -1,4 +1,4 @@
-"""Leases, waiters and the loader's end: who waits for what, and who is woken."""
+"""Leases, waiters and the loader's end: waits and wake-ups."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext

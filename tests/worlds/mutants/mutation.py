@@ -21,7 +21,7 @@ class Mutant:
             setattr(owner, name, replacement)
 
 
-Mutants = dict[str, Mutant]  # By what is no longer true
+Mutants = dict[str, Mutant]  # by the statement that each one makes false
 
 
 def mutant(test: str, *patches: Patch) -> Mutant:
@@ -74,7 +74,7 @@ def initialized(owner: Any, **factories: Callable[[], object]) -> Patch:
 
 
 class NoLock(nullcontext[Any]):
-    """A lock, threading's or asyncio's, that excludes nobody."""
+    """A lock, for threading or asyncio, that never excludes."""
 
     def acquire(self, *_: object, **__: object) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""The range downloader: who ends an attempt, what is read twice, who shares connections."""
+"""The range downloader: ends of attempts, repeated reads, shared connections."""
 
 from typing import Any
 

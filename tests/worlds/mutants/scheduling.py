@@ -15,7 +15,7 @@ _release_batch = AdapterQueues.release_batch
 
 
 def _never(kept: object) -> property:
-    """An attribute that is always as it was before anything began."""
+    """An attribute that always has its initial value."""
     return property(lambda _: kept, lambda _, __: None)
 
 

@@ -1,4 +1,4 @@
-"""Forward passes and the server: what is held while computed, freed after, and written."""
+"""Forward passes and the server: what is kept during a pass, freed after it, and written."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""Bytes at rest and on their way: readers, tensors in memory, remote fetches."""
+"""Sources: readers, tensors in memory, remote fetches."""
 
 from typing import Any
 

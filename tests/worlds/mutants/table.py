@@ -1,4 +1,4 @@
-"""All mutants, by what is no longer true with them."""
+"""All mutants, by the statement that each one makes false."""
 
 from mutants.caches import CACHES
 from mutants.copies import GROUPS
