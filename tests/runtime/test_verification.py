@@ -129,8 +129,8 @@ async def test_a_digest_is_compared_for_its_caller_alone(tmp_path: Path) -> None
 
 async def test_every_call_compares_and_the_files_are_hashed_once(tmp_path: Path) -> None:
     source = stocked(tmp_path, "a", "b")
-    digests = {name: digest_of(tmp_path / name) for name in "ab"}
-    right, wrong = (AdapterRef("a", digest=each) for each in (digests["a"], OTHER))
+    digest = digest_of(tmp_path / "a")
+    right, wrong = (AdapterRef("a", digest=each) for each in (digest, OTHER))
     async with over(source, max_slots=1) as there:
         for handle in await asyncio.gather(*(there.load(right) for _ in range(20))):
             handle.release()
@@ -139,7 +139,7 @@ async def test_every_call_compares_and_the_files_are_hashed_once(tmp_path: Path)
             await there.prefetch(right, tier=tier)
             await fails(there.prefetch(wrong, tier=tier), errors.IntegrityError)
         for call in (there.load, there.pin):
-            await fails(call(wrong), errors.IntegrityError, f"{digests['a']}, not {OTHER}")
+            await fails(call(wrong), errors.IntegrityError, f"{digest}, not {OTHER}")
         await there.pin(right)
         assert not there.unpin(wrong)
         acquired(there, right).release()

@@ -1,4 +1,4 @@
-"""Every kind of server that adapters come from, behind one interface and a link that can be cut."""
+"""All kinds of origin servers behind one interface, and a link that can be cut."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from lorax_async import AdapterLoader, Allow
 
 
 class SlowProxy:
-    """Passes bytes to a port of this machine and back, a thread for each direction."""
+    """Forwards bytes to and from a local port, with a thread for each direction."""
 
     rate: float | None = None
     """Bytes per second that come back on each connection."""
@@ -63,7 +63,7 @@ class SlowProxy:
     close = __exit__
 
     def stop_after(self, nbytes: int) -> None:
-        """Let so many more come back, and no others before `go_on`."""
+        """Let this many more bytes come back, and no others before `go_on`."""
         with self._changed:
             self._left = nbytes
 
@@ -114,7 +114,7 @@ class SlowProxy:
             client.shutdown(socket.SHUT_RDWR)
 
     def _allowance(self) -> int:
-        """How many bytes may come back, once any may."""
+        """Return the number of bytes that may come back; wait until there are any."""
         with self._changed:
             self._changed.wait_for(lambda: not self.stopped)
             most = 65_536 if self.rate is None else 4_096
@@ -148,14 +148,14 @@ OBSTORE = ("gs", "s3", "az")
 
 
 def on(*kinds: str) -> pytest.MarkDecorator:
-    """These kinds of server, or all of them."""
+    """Run a test on these kinds of server, or on all of them."""
     chosen = [pytest.param(kind, marks=KINDS[kind], id=kind) for kind in kinds or KINDS]
     return pytest.mark.parametrize("origin", chosen, indirect=True)
 
 
 @dataclass
 class Origin:
-    """A place of one test alone at a server of that kind: its adapter, and loaders that may ask."""
+    """One test's own folder at a server of a kind: its adapter, and loaders for it."""
 
     kind: str
     id: str
@@ -175,7 +175,7 @@ class Origin:
 
 
 class Shelf(dict[str, bytes]):
-    """Files on a server in this process, by their paths, with strong ETags."""
+    """Files of a server in this process, by path, with strong ETags."""
 
     def __call__(self, asked: Asked, client: Client) -> None:
         data = self.get(asked.target)
@@ -187,7 +187,7 @@ class Shelf(dict[str, bytes]):
 
 @contextmanager
 def processes(folders: pytest.TempPathFactory) -> Iterator[Begun]:
-    """What begins a server in a process of its own when it is asked for it first."""
+    """Return a function that starts a server's process at its first call."""
     with ExitStack() as ends:
 
         @cache
@@ -211,7 +211,7 @@ def processes(folders: pytest.TempPathFactory) -> Iterator[Begun]:
 
 
 def _replaced_in(folder: Path, files: Files) -> None:
-    """Each a second later than the one before: their dates tell which they are."""
+    """Replace files, each a second later than the last, so that their dates differ."""
     folder.mkdir(exist_ok=True)
     seconds = 1_000_000_000 + int(time.monotonic() * 10)
     for name, data in files.items():
@@ -223,7 +223,7 @@ def _replaced_in(folder: Path, files: Files) -> None:
 
 @contextmanager
 def olah(folder: Path, hub: HubStandIn) -> Iterator[str]:
-    """The endpoint of a mirror of that hub, set up by a file: a command line would not count."""
+    """Start a mirror of the hub, configured by a file; return its endpoint."""
     program = tool("olah-cli")
     assert program is not None
     port = servers.free_port()

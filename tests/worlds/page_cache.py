@@ -1,4 +1,4 @@
-"""What the kernel says of this process's pages: of a file, of a map."""
+"""The kernel's view of this process's pages, by file and by map."""
 
 import ctypes
 import mmap
@@ -15,7 +15,7 @@ def pages(nbytes: int) -> int:
 
 
 def cached_pages(path: Path) -> int:
-    """How many of a file's pages are in memory, by mincore(2)."""
+    """Return how many of a file's pages are in memory, by mincore(2)."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE) as map:
         here = (ctypes.c_ubyte * pages(len(map)))()
         start = ctypes.c_char.from_buffer(map)
@@ -26,14 +26,14 @@ def cached_pages(path: Path) -> int:
 
 
 def drop_pages(path: Path) -> None:
-    """Out of memory with them; what is mapped stays."""
+    """Drop a file's pages from memory; mapped ones stay."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def map_sizes(path: Path) -> list[dict[str, int]]:
-    """Of each map of the file what /proc/self/smaps says, in bytes: Size, Rss, Locked …"""
+    """Return /proc/self/smaps for each map of the file, in bytes: Size, Rss, Locked …"""
     found: list[dict[str, int]] = []
     wanted = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -47,7 +47,7 @@ def map_sizes(path: Path) -> list[dict[str, int]]:
 
 
 def may_lock(nbytes: int) -> bool:
-    """Does the kernel let this process lock so much memory, of whatever kind?"""
+    """Return whether the kernel lets this process lock this much memory of any kind."""
     with mmap.mmap(-1, nbytes) as map:
         start = ctypes.c_char.from_buffer(map)
         code = LIBRARY.mlock(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(nbytes))

@@ -1,4 +1,4 @@
-"""Adapters with random weights, written by PEFT itself, and PEFT's own answers with them."""
+"""Adapters with random weights, written by PEFT, and PEFT's outputs with them."""
 
 import asyncio
 import copy
@@ -33,7 +33,7 @@ FEATURE_WARNINGS = r"ignore:.*(lora_bias=True|tie_word_embeddings=True|have inva
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """What `LoraConfig` is given, and what the file is saved as. `bare`: trained on the backbone."""
+    """Arguments of `LoraConfig`, and the saved file's form. `bare`: trained on the backbone."""
 
     lora: Lora = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
@@ -78,7 +78,7 @@ VARIANTS = {
 
 @contextmanager
 def wrapped(model: Any, lora: Lora, seed: int | None = None) -> Iterator[Any]:
-    """The model in a new PeftModel with random weights; the model is plain again afterwards."""
+    """Wrap the model in a new PeftModel with random weights; unwrap it afterwards."""
     peft_model: Any = get_peft_model(model, LoraConfig(**copy.deepcopy(dict(lora))))
     rank = peft_model.peft_config["default"].r
     random = torch.Generator().manual_seed(rank if seed is None else seed)
@@ -115,7 +115,7 @@ def build(model: Any, variant: Variant, folder: Path) -> Path:
 
 @contextmanager
 def active(model: Any, **folders: Path) -> Iterator[Any]:
-    """PEFT with these adapters, the first one active; the model is plain again afterwards."""
+    """Yield a PeftModel with these adapters, the first active; unwrap the model afterwards."""
     (first, folder), *others = folders.items()
     peft_model: Any = PeftModel.from_pretrained(model, folder, adapter_name=first)
     for name, other in others:
@@ -184,6 +184,6 @@ async def logits_with(model: Any, adapter: Path, inputs: Inputs) -> torch.Tensor
 
 
 def pefts(model: Any, adapter: Path, inputs: Inputs) -> torch.Tensor:
-    """PEFT's own, of a model that is for it alone: what it wraps is frozen afterwards."""
+    """Return PEFT's logits. Use a model only for this: PEFT freezes what it wraps."""
     with active(model, only=adapter):
         return logits_of(model, inputs)

@@ -1,4 +1,4 @@
-"""An engine that may go to loopback only, in short patience."""
+"""A range downloader for loopback only, with short timeouts."""
 
 import random
 import socket
@@ -43,7 +43,7 @@ class Anywhere:
 
 
 class LoopbackOnly(Network):
-    """The machine's network, which ends the test if it should lead anywhere else."""
+    """The machine's network; fails the test for addresses other than loopback."""
 
     def connect(
         self, endpoint: Endpoint, timeout: float, opened: Callable[[socket.socket], None]
@@ -54,7 +54,7 @@ class LoopbackOnly(Network):
 
 @dataclass
 class PretendNetwork(LoopbackOnly):
-    """Names lead to addresses, and addresses to loopback ports; peers tell the address."""
+    """Maps names to addresses, and addresses to loopback ports; `peers` are reported addresses."""
 
     names: dict[str, list[str]] = field(default_factory=dict)
     ports: dict[str, int] = field(default_factory=dict)
@@ -84,7 +84,7 @@ _ONE_MORE = bytes(range(1, 256)) + b"\xff"
 
 
 class MemorySink:
-    """Keeps what is written, and how often each byte was; `before` is told where and how many."""
+    """Keeps written bytes and the count per byte; calls `before(offset, nbytes)` first."""
 
     def __init__(
         self, nbytes: int = len(DATA), before: Callable[[int, int], object] = lambda *_: None
@@ -100,7 +100,7 @@ class MemorySink:
 
 
 class Engine(RangeDownloader):
-    """Closes at the end of a `with` block."""
+    """A range downloader that closes at the end of a `with` block."""
 
     def __enter__(self) -> Self:
         return self
@@ -131,7 +131,7 @@ def fetched(
     timeout: float = 20,
     **before: Any,
 ) -> tuple[MemorySink, list[int]]:
-    """Download to the end; raises what the download raises."""
+    """Download to the end; raise what the download raises."""
     sink, order = MemorySink(**before), list[int]()
     here = SpanSet(have)
     missing = [[gap for span in group for gap in here.missing(*span)] for group in GROUPS]
@@ -141,7 +141,7 @@ def fetched(
 
 
 def check(sink: MemorySink, order: list[int]) -> None:
-    """All bytes of the groups are right and came once, nothing else came, and each was reported."""
+    """Assert that exactly the groups' bytes came, right and once, and each was reported."""
     wanted = bytearray(len(DATA))
     for start, stop in (span for group in GROUPS for span in group):
         assert sink.data[start:stop] == DATA[start:stop]

@@ -1,4 +1,4 @@
-"""Tables of what is refused: by the words of the refusal, the values that meet with it."""
+"""Tables of refused values, by the words of the refusal."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +10,7 @@ import pytest
 def refusals(
     call: Callable[[Any], object], kind: type[Exception], cases: Mapping[str, Iterable[Any]]
 ) -> list[str]:
-    """The texts of the errors with which `call` ends for each value; each matches its words."""
+    """Return the error texts of `call` for each value; assert that each matches its words."""
     texts = []
     for words, values in cases.items():
         for value in values:

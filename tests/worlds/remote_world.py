@@ -1,4 +1,4 @@
-"""A remote source over a server on loopback, with a locator that is told what there is."""
+"""A remote source over a loopback server, with a scripted locator."""
 
 import asyncio
 import hashlib
@@ -37,7 +37,7 @@ from lorax_async.urls import parse_url
 
 @dataclass
 class Stored:
-    """One adapter as its source has it now; `token` is what it takes to have it."""
+    """One adapter at its source now; `token` is required for access."""
 
     config: bytes
     weights: bytes
@@ -52,7 +52,7 @@ class Stored:
 
 @dataclass
 class ToldLocator:
-    """A `Backend` of what it was told; a revision of 40 digits is a version."""
+    """A scripted `Backend`; a revision of 40 digits is a version."""
 
     server: FaultServer
     there: dict[str, Stored] = field(default_factory=dict)
@@ -110,7 +110,7 @@ def _scope(ref: AdapterRef) -> str:
 
 
 class Steps:
-    """The suspensions of a source's own calls, and what happens before one of them."""
+    """Counts the suspensions of a source's calls, and acts before one of them."""
 
     def __init__(self, source: Source) -> None:
         self.expect(0, lambda: None)
@@ -132,7 +132,7 @@ class Steps:
 
 
 class ToldSource(RemoteSource):
-    """Any text is an id."""
+    """A remote source that accepts any text as an id."""
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         options = (ref.revision, ref.token, ref.digest, ref.allow_stale, ref.use_token)
@@ -141,7 +141,7 @@ class ToldSource(RemoteSource):
 
 
 class CachedSource(ToldSource):
-    """Has everything in its cache before anybody opens it."""
+    """A source that has every adapter in its cache before it is opened."""
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         key = await super().resolve(ref)
@@ -166,7 +166,7 @@ def is_weights(asked: Asked) -> bool:
 
 
 class RemoteWorld:
-    """A source with everything that it stands on, which is closed on the way out.
+    """A source with all its parts, closed at the end of the `with` block.
 
     Its cache is below a folder, as its adapters are. `faults` has what is done wrong, by their names.
     """
@@ -215,7 +215,7 @@ class RemoteWorld:
         return self.ref(name)
 
     def stock(self, name: str = "one", seed: int = 0, rank: int = RANK) -> Path:
-        """An adapter at the source, and in the folder that is returned."""
+        """Put an adapter at the source, and in the returned folder."""
         folder = tiny.write(self.adapters / name, seed, rank)
         self.put(name, *tiny.files(folder))
         return folder
@@ -224,7 +224,7 @@ class RemoteWorld:
         return AdapterRef(name, source="hub")
 
     def content(self, target: str) -> tuple[bytes, str]:
-        """The bytes at a target, and their ETag. Raises `KeyError`."""
+        """Return the bytes at a target, and their ETag. Raises `KeyError`."""
         name, file = target.removeprefix("/").split("/")
         stored = self.locator.there[name]
         data = stored.config if file == CONFIG_FILE else stored.weights
@@ -234,7 +234,7 @@ class RemoteWorld:
         self.faults.get(adapter_of(asked), RemoteWorld.well)(self, asked, client)
 
     def well(self, asked: Asked, client: Client) -> None:
-        """As if there were no fault."""
+        """Answer without faults."""
         try:
             data, etag = self.content(asked.target)
         except KeyError:
@@ -246,7 +246,7 @@ class RemoteWorld:
         return [each for each in list(self.server.asked) if adapter_of(each) == name]
 
     def spans_of(self, name: str) -> list[tuple[int, int]]:
-        """What was asked for of its weights."""
+        """Return the requested spans of its weights."""
         return [asked.span for asked in self.asked_of(name) if is_weights(asked) and asked.span]
 
     def __enter__(self) -> Self:
@@ -279,7 +279,7 @@ async def brought(world: RemoteWorld, name: str = "one") -> AdapterFile:
 
 @pytest.fixture
 def settings() -> dict[str, Any]:
-    """What `world` is made with; tests replace it."""
+    """Return the settings of the fixture `world`; tests override them."""
     return {}
 
 

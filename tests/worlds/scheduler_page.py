@@ -14,7 +14,7 @@ USED: tuple[Any, ...] = (AdapterScheduler, AttachedModel, Batch, Callable, Reque
 
 
 def functions() -> dict[str, Any]:
-    """By their names, from all of its blocks."""
+    """Return the functions by name, from all code blocks of the page."""
     scope: dict[str, Any] = {each.__name__: each for each in USED}
     for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE):
         exec(block, scope)

@@ -1,4 +1,4 @@
-"""A scheduler over tiny adapters, an engine that computes in no time, and a clock that tests move."""
+"""A scheduler over tiny adapters, an engine without latency, and a virtual clock."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -23,7 +23,7 @@ class VirtualAlarm:
 
 
 class VirtualClock:
-    """As the scheduler wants one. On one loop."""
+    """A `Clock` for the scheduler that tests move. On one loop."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -48,13 +48,13 @@ class VirtualClock:
 
     @property
     def due(self) -> float | None:
-        """When the next alarm rings, if there is one."""
+        """The time of the next alarm, if there is one."""
         while self._heap and self._heap[0][2].callback is None:
             heappop(self._heap)
         return self._heap[0][0] if self._heap else None
 
     def step(self) -> None:
-        """Go on to the next alarm, and let all ring that are due then."""
+        """Advance to the next alarm, and call all that are due then."""
         due = self.due
         assert due is not None
         self.now = max(self.now, due)
@@ -64,7 +64,7 @@ class VirtualClock:
                 alarm.callback()
 
     def pass_until(self, moment: float) -> None:
-        """Let all ring that are due by then, each in its time."""
+        """Call all alarms that are due by then, each at its time."""
         while self.due is not None and self.due <= moment:
             self.step()
         self.now = moment
@@ -77,7 +77,7 @@ MANY = 1000
 async def opened(
     source: FakeSource, settings: dict[str, Any] | None = None, ready: str = "", **given: Any
 ) -> AsyncIterator[tuple[AdapterLoader, AdapterScheduler]]:
-    """Load what is to be `ready` first. At the end nothing is leased or waited for any more."""
+    """Load `ready` first. At the end, assert that there are no leases and no waiters."""
     async with over(source, **(settings or {})) as loader:
         await warm(loader, *ready)
         async with AdapterScheduler(loader, **given) as scheduler:
@@ -89,7 +89,7 @@ async def opened(
 async def step(
     scheduler: AdapterScheduler, tokens: int = MANY, sequences: int = MANY, **results: Any
 ) -> Batch:
-    """One batch, computed in no time."""
+    """Compute one batch, in no time."""
     batch = await next_batch(scheduler, tokens, sequences)
     batch.check()
     scheduler.complete(batch, **results)
@@ -121,13 +121,13 @@ async def held(loader: AdapterLoader, id: str) -> None:
 
 
 async def turns(count: int = 20) -> None:
-    """Let the loop turn, so that all has happened that waits for nothing else."""
+    """Let the loop turn until all callbacks that are due have run."""
     for _ in range(count):
         await asyncio.sleep(0)
 
 
 async def wanted(scheduler: AdapterScheduler) -> asyncio.Task[Batch]:
-    """Ask for a batch that is not there yet."""
+    """Ask for a batch that is not ready yet."""
     waiting = asyncio.create_task(scheduler.next_batch(MANY, MANY))
     await turns()
     assert not waiting.done()
@@ -144,6 +144,6 @@ def rows(batch: Batch) -> list[tuple[object, int, int, bool]]:
 
 
 async def finish(scheduler: AdapterScheduler, *tickets: Ticket) -> None:
-    """Serve until all are done."""
+    """Serve until all requests are done."""
     while not all(ticket.done for ticket in tickets):
         await step(scheduler)

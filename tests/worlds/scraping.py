@@ -1,4 +1,4 @@
-"""What a scrape says, read by Prometheus' own parser."""
+"""The samples of a scrape, read by Prometheus' own parser."""
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -10,7 +10,7 @@ Samples = dict[str, float]
 
 
 def parsed(text: str) -> Samples:
-    """Each sample by its name with its labels, as they are written."""
+    """Return each sample by its name with labels, as written."""
     found: Samples = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -32,7 +32,7 @@ def registered(collector: LoaderCollector) -> CollectorRegistry:
 
 
 def of(samples: Samples, name: str) -> Samples:
-    """Those of one family, by their labels."""
+    """Return the samples of one family, by labels."""
     return {
         key[len(name) + 1 : -1]: value
         for key, value in samples.items()

@@ -1,4 +1,4 @@
-"""A server of the real HTTP layer before an engine that says what it is told."""
+"""The real HTTP server in front of a scripted engine."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def request(body: object) -> bytes:
 
 @functools.cache
 def tokenizer() -> Any:
-    """Every byte is a token, so that most characters of the world are several."""
+    """Return a tokenizer with a token per byte, so that most characters take several."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(alphabet)}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -67,7 +67,7 @@ def llama_config() -> Any:
 
 
 class FakeTokens:
-    """What comes of one generation is what the test says of it."""
+    """The tokens of one generation, as the test scripts them."""
 
     def __init__(self, engine: FakeEngine, generation: Generation) -> None:
         self.generation = generation
@@ -110,7 +110,7 @@ Rule = Callable[[FakeTokens], object]
 
 
 class FakeEngine:
-    """Tells `rule` of each generation. None leaves it to the test what comes of them, and when."""
+    """Calls `rule` with each generation; None leaves results and their time to the test."""
 
     def __init__(self, rule: Rule | None = None, max_length: int = MAX_LENGTH) -> None:
         self.max_length = max_length
@@ -167,7 +167,7 @@ def failing(error: LoraxError) -> Rule:
 
 
 def loading(loader: AdapterLoader) -> Rule:
-    """Answers once the adapter is loaded, as a real engine does."""
+    """Answer once the adapter is loaded, as a real engine does."""
 
     async def answer(tokens: FakeTokens) -> None:
         adapter = tokens.generation.adapter
@@ -193,9 +193,9 @@ class World:
     ended: asyncio.Task[None]
 
     async def ask(self, method: str, path: str, body: object = None, **headers: str) -> Answer:
-        """One request on a connection of its own; `body` as JSON, or as it is if bytes.
+        """Send one request on its own connection; `body` as JSON, or unchanged if bytes.
 
-        It is said to be JSON unless `headers` say otherwise; "" leaves a field out.
+        The Content-Type is JSON unless `headers` have another; "" leaves a field out.
         """
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         lines = [f"{method} {path} HTTP/1.1", "Host: test", f"Content-Length: {len(content)}"]

@@ -42,7 +42,7 @@ def layout(dtype: str = "F32") -> ModelLayout:
 
 
 def write(folder: Path, rank: int = 4, seed: int = 0) -> Path:
-    """An F32 adapter of every module."""
+    """Write an F32 adapter of every module."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "peft_type": "LORA",
@@ -61,7 +61,7 @@ def write(folder: Path, rank: int = 4, seed: int = 0) -> Path:
 
 
 def save(folder: Path, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Put these A and B, by module, into an adapter's folder."""
+    """Write these A and B, by module, into an adapter's folder."""
     tensors = {
         f"base_model.model.{name}.lora_{part}.weight": tensor.contiguous()
         for name, pair in pairs.items()
@@ -71,7 +71,7 @@ def save(folder: Path, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> N
 
 
 def rows_of(name: str, shard: Shard) -> torch.Tensor:
-    """The outputs of a module that a rank has."""
+    """Return the outputs of a module that a rank has."""
     last, world = name.rpartition(".")[2], shard.world_size
     every = torch.arange(SIZES[".".join(name.split(".")[-2:])][1])
     if last == "up_proj":
@@ -85,14 +85,14 @@ def rows_of(name: str, shard: Shard) -> torch.Tensor:
 
 
 def columns_of(name: str, shard: Shard) -> torch.Tensor:
-    """The inputs of a module that a rank has."""
+    """Return the inputs of a module that a rank has."""
     every = torch.arange(SIZES[".".join(name.split(".")[-2:])][0])
     whole = name.rpartition(".")[2] not in {"o_proj", "down_proj"}
     return every if whole else every.chunk(shard.world_size)[shard.rank]
 
 
 def share_of(folder: Path, shard: Shard) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """A and B of every module, as safetensors' own reader has them, cut for a rank."""
+    """Return A and B of every module, read by safetensors itself and cut for a rank."""
     saved = load_file(folder / "adapter_model.safetensors")
     found = {}
     for name in (module.name for module in layout().modules):

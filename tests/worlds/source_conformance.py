@@ -1,4 +1,4 @@
-"""What every `Source` keeps to; a fixture `world` asserts that nothing stayed open, and no hold."""
+"""The conformance suite of `Source`; its fixture `world` asserts that nothing stays open."""
 
 import asyncio
 import time
@@ -52,7 +52,7 @@ async def bring_all(source: Source, file: AdapterFile, content: bytes) -> None:
 async def brought(
     world: World, content: bytes, span: ByteSpan | None = None
 ) -> tuple[AdapterFile, AdapterKey]:
-    """An adapter that is opened, and all, or these bytes, of it are here."""
+    """Open an adapter, and fetch all of it, or these bytes."""
     key = await resolved(world, content)
     file = await world.source.open(key, FetchControl())
     groups = [[span]] if span else groups_of(content)
@@ -159,7 +159,7 @@ class SourceConformance:
 
     @pytest.mark.parametrize("reopened", [False, True])
     async def test_rows_come_one_after_the_other(self, world: World, reopened: bool) -> None:
-        """At no multiple of an element, without a gap, one alone; not beyond the end."""
+        """Rows at odd offsets, without a gap, and a single one; not beyond the end."""
         content = weights(1)
         start, size = header_bytes(content), len(content)
         file, key = await brought(world, content)
@@ -178,7 +178,7 @@ class SourceConformance:
         reader.close()
 
     async def test_no_more_is_brought_than_the_rows(self, world: World) -> None:
-        """They can be read; a source that knows what is here tells of what is not."""
+        """These rows can be read; a source that tracks its bytes refuses the others."""
         content = weights(1)
         start = header_bytes(content)
         span = ByteSpan(start + 24, start + 48, 4, 96)

@@ -1,4 +1,4 @@
-"""What the sources' tests feed them, and read back."""
+"""Adapters for tests of sources, and reads of their bytes."""
 
 import json
 import struct
@@ -33,7 +33,7 @@ def header_bytes(content: bytes) -> int:
 
 
 def groups_of(content: bytes) -> list[list[ByteSpan]]:
-    """Last third first, so that a group is not simply the next bytes."""
+    """Return groups with the last third first, so that their order is not the file's."""
     first, size = header_bytes(content), len(content)
     third = (size - first) // 3
     middle = first + third
@@ -48,14 +48,14 @@ def read(reader: Reader, start: int, stop: int) -> bytes:
 
 
 def read_rows(reader: Reader, span: ByteSpan) -> bytes:
-    """Rows that lie apart in the file."""
+    """Return rows that lie apart in the file."""
     content = bytearray(span.nbytes)
     reader.read_into([memoryview(content)], span.start, span.rows, span.pitch)
     return bytes(content)
 
 
 def cannot_read(reader: Reader, span: ByteSpan, kind: type[Exception], words: str) -> None:
-    """Neither its rows nor all that they lie in."""
+    """Assert that neither its rows nor the range around them can be read."""
     stop = max(stop for _, stop in span.ranges())
     with pytest.raises(kind, match=words):
         read(reader, span.start, stop)

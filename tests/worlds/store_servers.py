@@ -1,4 +1,4 @@
-"""Object stores on loopback: SeaweedFS (S3), Azurite, a stand-in for Google, and how they are asked."""
+"""Object stores on loopback, SeaweedFS (S3), Azurite, a stand-in for Google; access to them."""
 
 import asyncio
 import base64
@@ -37,7 +37,7 @@ _OTHERS = ("AWS_", "GOOGLE_", "AZURE_", "MSI_", "IDENTITY_")
 
 
 def set_environment(patch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
-    """These, and nothing else by which obstore would find credentials, here or in a network."""
+    """Set these variables, and remove all others by which obstore finds credentials."""
     for name in list(os.environ):
         if name.startswith(_OTHERS):
             patch.delenv(name)
@@ -52,7 +52,7 @@ REGION = "us-east-1"
 
 @dataclass(frozen=True)
 class Weed:
-    """Its buckets: "adapters"; "versioned", which keeps versions; "public", which all may read."""
+    """SeaweedFS; its buckets are "adapters", "versioned" (keeps versions), "public" (no key)."""
 
     port: int
 
@@ -69,7 +69,7 @@ class Weed:
 
 @contextmanager
 def weed(binary: str, root: Path) -> Iterator[Weed]:
-    """Its process, with all its parts on loopback; what it stores lies below `root`."""
+    """Run SeaweedFS, all of it on loopback, with its data below `root`."""
     ports = list({servers.free_port() for _ in range(16)})[:8]
     credentials = [{"accessKey": S3_KEY, "secretKey": S3_SECRET}]
     actions = ["Admin", "Read", "Write", "List"]
@@ -120,7 +120,7 @@ AZURE_KEY = (
 
 @dataclass(frozen=True)
 class Azurite:
-    """Its container is "adapters"."""
+    """Azurite; its container is "adapters"."""
 
     port: int
 
@@ -134,7 +134,7 @@ class Azurite:
         }
 
     def ready(self) -> bool:
-        """Whether the container is there, which is made by asking for it."""
+        """Create the container; return whether it exists."""
         now = datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")
         fields = {"x-ms-date": now, "x-ms-version": "2021-08-06"}
         texts = [f"{name}:{fields[name]}" for name in sorted(fields)]
@@ -152,7 +152,7 @@ class Azurite:
             return False
 
     def token(self) -> str:
-        """A shared access signature, with which the container may be read for an hour."""
+        """Return a shared access signature to read the container for an hour."""
         end = (datetime.now(UTC) + timedelta(hours=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
         what = {"sp": "r", "se": end, "sv": "2020-12-06", "sr": "c"}
         resource = f"/blob/{AZURE_ACCOUNT}/adapters"
@@ -167,7 +167,7 @@ def _azure_signature(lines: list[str]) -> str:
 
 @contextmanager
 def azurite(binary: str, root: Path) -> Iterator[Azurite]:
-    """Its process on loopback; what it stores lies below `root`."""
+    """Run Azurite on loopback, with its data below `root`."""
     port = servers.free_port()
     command = [
         *(binary, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(root)),
@@ -190,7 +190,7 @@ def google_key() -> str:
 
 @dataclass
 class GoogleStandIn:
-    """Answers as Google's XML API does: to HEAD with a bearer's token, to GET with a signature."""
+    """Answers like Google's XML API: HEAD with a bearer token, GET with a signature."""
 
     objects: dict[str, bytes] = field(default_factory=dict)
     generation: int = 1
@@ -224,7 +224,7 @@ class GoogleStandIn:
             answer(asked, client, data, *tell)
 
     def opens(self, asked: Asked) -> bool:
-        """Whether it is signed, by whatever signature: obstore makes it."""
+        """Return whether the request has a signature, of any value: obstore makes it."""
         query = dict(parse_qsl(urlsplit(asked.target).query))
         email = query.get("X-Goog-Credential", "").partition("/")[0]
         return email == GOOGLE_ACCOUNT and "X-Goog-Signature" in query
@@ -249,7 +249,7 @@ def locator(threads: int = 2, *, signed_for: float = 600.0) -> Iterator[Locator]
 
 @dataclass
 class Store:
-    """A folder in a store of that kind."""
+    """A folder in one kind of store."""
 
     kind: str
     path: str
@@ -262,12 +262,12 @@ class Store:
         return f"{self.kind}://{self.bucket}/{self.path}"
 
     def environment(self, port: int) -> dict[str, str]:
-        """By which obstore finds it behind that port."""
+        """Return the variables by which obstore finds the store behind `port`."""
         own, other = f":{self.port}", f":{port}"
         return {name: text.replace(own, other) for name, text in self.server.environment.items()}
 
     def put(self, name: str, data: bytes) -> str | None:
-        """The version of the object, where the bucket keeps them."""
+        """Store an object; return its version if the bucket keeps versions."""
         if isinstance(self.server, GoogleStandIn):
             self.server.objects[f"/{self.bucket}/{self.path}{name}"] = data
             self.server.generation += 1
@@ -288,7 +288,7 @@ class Store:
 
     @property
     def url(self) -> str:
-        """With which the weights are asked for."""
+        """The URL of the weights."""
         return located(self.id).files[1].target.url.text
 
 
@@ -310,7 +310,7 @@ def located(id: str, revision: str | None = None) -> LocatedAdapter:
 
 
 def brought(file: RemoteFile) -> bytes:
-    """By ranges, as a source would: first the beginning, then the rest over many connections."""
+    """Download by ranges as a source does: the beginning, then the rest on many connections."""
     assert file.nbytes is not None
     with engine(4, timeouts=PATIENT) as fetching:
         answer = fetching.probe(file.target, 5_000, timeout=30).done.result(40)

@@ -1,4 +1,4 @@
-"""Tiny adapters that are given as tensors, and loaders that have memory for few of them."""
+"""Tiny adapters from tensors, and loaders with memory for few of them."""
 
 import json
 from pathlib import Path
@@ -19,18 +19,18 @@ FILLERS = [f"filler {number}" for number in range(4)]
 
 
 async def assert_means(there: AdapterLoader, id: AdapterId, seed: int, **settings: Any) -> None:
-    """A load of `id` gets the tensors of that seed."""
+    """Assert that a load of `id` gets the tensors of this seed."""
     async with await there.load(id, **settings) as handle:
         tiny.assert_holds(handle, tiny.tensors(seed))
 
 
 def used(there: AdapterLoader) -> int:
-    """Bytes of `memory_bytes` that are taken, also once the loader is closed."""
+    """Return the used part of `memory_bytes`, also of a closed loader."""
     return there.placement().usage.memory_bytes.used
 
 
 def kept(there: AdapterLoader) -> int:
-    """Bytes of the adapters that are in host memory: what is taken when nothing is under way."""
+    """Return the bytes of adapters in host memory: equals `used` when no call runs."""
     return sum(where.host_bytes for where in there.placement().adapters.values())
 
 
@@ -49,7 +49,7 @@ def acquired(there: AdapterLoader, name: AdapterId = "mine") -> AdapterHandle:
 
 
 def roomy(folder: Path, files: float, **settings: Any) -> AdapterLoader:
-    """A loader with memory for this many tiny adapters, and a disk cache in `folder`."""
+    """Return a loader with memory for this many tiny adapters, and a disk cache in `folder`."""
     plain: dict[str, Any] = {"device_bytes": 1 << 20, "max_slots": len(FILLERS), "io_threads": 2}
     plain |= {"timeout": 20, "memory_bytes": int(files * FILE), "cache_dir": folder}
     source = FakeSource()

@@ -54,7 +54,7 @@ def write(
     layers: int = LAYERS,
     **changes: object,
 ) -> Path:
-    """An adapter folder with random weights."""
+    """Write an adapter folder with random weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config(rank, **changes)))
     weights = folder / "adapter_model.safetensors"
@@ -63,18 +63,18 @@ def write(
 
 
 def files(folder: Path) -> tuple[bytes, bytes]:
-    """Config and weights of an adapter folder, as `FakeSource.put` takes them."""
+    """Return config and weights of an adapter folder, as `FakeSource.put` takes them."""
     config = (folder / "adapter_config.json").read_bytes()
     return config, (folder / "adapter_model.safetensors").read_bytes()
 
 
 def assert_equal_to_file(handle: AdapterHandle, folder: Path) -> None:
-    """What is on the device is what safetensors' own reader finds in the file, cast by torch."""
+    """Assert that the device has the file's tensors, read by safetensors and cast by torch."""
     assert_holds(handle, load_file(folder / "adapter_model.safetensors"))
 
 
 def assert_holds(handle: AdapterHandle, tensors: Mapping[str, torch.Tensor]) -> None:
-    """The device has these tensors, by their names in a file, cast by torch."""
+    """Assert that the device has these tensors, named as in a file, cast by torch."""
     assert len(tensors) == 2 * len(handle.modules)
     for name, module in handle.modules.items():
         for part, found in (("A", module.a), ("B", module.b)):

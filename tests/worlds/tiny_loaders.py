@@ -33,7 +33,7 @@ def gated(
 
 
 async def begin_copies(loader: AdapterLoader, device: GatedDevice, tries: set[AdapterKey]) -> None:
-    """Let copies go on until another try than those fills its slot; hold its copies, and note it.
+    """Let copies go on until another attempt fills its slot; hold its copies, and add it.
 
     Files that changed are another version, which has a key of its own.
     """
@@ -49,7 +49,7 @@ async def begin_copies(loader: AdapterLoader, device: GatedDevice, tries: set[Ad
 
 
 def on_device(loader: AdapterLoader) -> list[AdapterResidency]:
-    """The adapters that hold a slot."""
+    """Return the adapters that hold a slot."""
     return [where for where in loader.placement().adapters.values() if where.tier == "device"]
 
 
@@ -57,7 +57,7 @@ E = TypeVar("E", bound=BaseException)
 
 
 async def fails(call: Awaitable[object], kind: type[E], match: str | None = None) -> E:
-    """The error of that kind with which a call ends."""
+    """Return the error of this kind that a call raises."""
     with pytest.raises(kind, match=match) as caught:
         await call
     return caught.value

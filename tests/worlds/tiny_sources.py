@@ -18,7 +18,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def stocked(base: Path, *names: str, rank: int = 4, holdable: bool = False) -> FakeSource:
-    """An adapter for each name, other bytes in each; `base / name` has the same files."""
+    """Return a source with a different adapter per name; `base / name` has the same files."""
     source = FakeSource(holdable=holdable)
     for seed, name in enumerate(names):
         source.put(name, *tiny.files(tiny.write(base / name, seed, rank)))
@@ -38,20 +38,20 @@ def simulated(loader: AdapterLoader) -> SimulatedDevice:
 
 
 def where(loader: AdapterLoader, id: AdapterId) -> AdapterResidency:
-    """Of the version that was met last, which must be somewhere."""
+    """Return where the adapter's last version is; it must be on this machine."""
     found = loader.placement().find(id)
     assert found is not None
     return found
 
 
 def state(loader: AdapterLoader, id: AdapterId) -> str:
-    """As residency has it, or "nowhere"."""
+    """Return the adapter's `AdapterResidency.state`, or "nowhere"."""
     found = loader.placement().find(id)
     return found.state if found else "nowhere"
 
 
 def is_at(loader: AdapterLoader, id: AdapterId, tier: str) -> bool:
-    """On the device is also what is still on its way there, or leaving."""
+    """Return whether it is at `tier`; "device" includes loading and leaving adapters."""
     found = loader.placement().find(id)
     return found is not None and found.tier == tier
 
@@ -61,13 +61,13 @@ def is_resident(loader: AdapterLoader, id: AdapterId) -> bool:
 
 
 def granted(events: list[Event]) -> list[str]:
-    """Ids of a fake source, in the order in which they were given slots."""
+    """Return the ids of a fake source in the order in which they got slots."""
     grants = [event for event in events if isinstance(event, SlotGranted)]
     return [event.key.location.removeprefix("memory:") for event in grants]
 
 
 class Slowed:
-    """A step of a source that goes on when it may, and counts its cancelled calls at their end."""
+    """Delays a step of a source until `may_go_on`; counts calls, and cancelled ones at their end."""
 
     def __init__(self, source: FakeSource, step: str) -> None:
         self.asked, self.cancelled, self.may_go_on = 0, 0, asyncio.Event()

@@ -11,7 +11,7 @@ from range_downloads import DATA
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Key and certificate of files.example, in one file."""
+    """Return the file with key and certificate of files.example."""
     both = tmp_path_factory.mktemp("tls") / "both.pem"
     subprocess.run(
         [
@@ -27,7 +27,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TlsServer(FaultServer):
-    """The same over TLS; a handshake that fails ends the connection."""
+    """A fault server over TLS; a failed handshake ends the connection."""
 
     context: ssl.SSLContext
 

@@ -1,4 +1,4 @@
-"""The programs of others that tests run beside us or need: where they are on this machine.
+"""Find third-party programs that tests run or need.
 
 `python tests/worlds/tools.py NAME…` tells, and fails if one is missing.
 """
@@ -31,7 +31,7 @@ _PERMITTED = {"unshare": ("-rm", "mount", "-t", "tmpfs", "tmpfs", "/tmp")}
 
 @cache
 def tool(name: str) -> Path | None:
-    """The program of that name; None if it is not installed, or may not do what it is for."""
+    """Return the program's path; None if it is not installed, or lacks a permission that it needs."""
     if name in INSTALLED_BY:
         spec = find_spec(name)
         return None if spec is None or spec.origin is None else Path(spec.origin)
@@ -45,7 +45,7 @@ def tool(name: str) -> Path | None:
 
 
 def on_a_small_disk(folder: Path) -> list[str]:
-    """What comes before a command, so that it has a disk of 2 MiB there, which nobody else sees."""
+    """Return a command prefix that mounts a private disk of 2 MiB for the command."""
     mount = f"mount -t tmpfs -o size=2m,mode=700 tmpfs '{folder}'"
     return [str(tool("unshare")), "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh"]
 

@@ -1,4 +1,4 @@
-"""Loads as users have them: an `AdapterLoader`, its `LoaderConfig`, and ids."""
+"""Loads by the public API: an `AdapterLoader`, its `LoaderConfig`, and ids."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ def layout(layers: int) -> ModelLayout:
 
 
 def written(folder: Path, seed: int = 0, *, layers: int = LAYERS, rank: int = RANK) -> Path:
-    """An adapter for such a model, with random weights."""
+    """Write an adapter for this model, with random weights."""
     random = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(tiny.config(rank)))
@@ -44,7 +44,7 @@ def written(folder: Path, seed: int = 0, *, layers: int = LAYERS, rank: int = RA
 
 
 def loader(folder: Path, *, layers: int = LAYERS, **settings: object) -> AdapterLoader:
-    """Its caches are below the folder."""
+    """Return a loader whose caches are below the folder."""
     given: Any = {"device_bytes": 32 << 20, "max_slots": 4, "io_threads": 2, "timeout": 40}
     given |= {"cache_dir": folder / "cache", "hub_cache_dir": folder / "hub", **settings}
     config = LoaderConfig(**given)
@@ -52,7 +52,7 @@ def loader(folder: Path, *, layers: int = LAYERS, **settings: object) -> Adapter
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files of an adapter, by name."""
+    """Return the files of an adapter, by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
@@ -61,7 +61,7 @@ def size_of(folder: Path) -> int:
 
 
 def at(netloc: str, prefix: str = "") -> Allow:
-    """By plain http on loopback, which has to be allowed."""
+    """Return an `Allow` for plain http at `netloc`."""
     host, _, port = netloc.partition(":")
     return Allow("http", host, int(port), prefix)
 
@@ -72,7 +72,7 @@ def version_of(handle: AdapterHandle) -> str:
 
 
 def secretless(error: BaseException | None, *secrets: str) -> str:
-    """All that is said of it, and of what led to it."""
+    """Assert that an error and its causes have no secret; return their text."""
     text = ""
     while error is not None:
         text += f"{error}\n{error!r}\n{error.args}\n"
@@ -83,7 +83,7 @@ def secretless(error: BaseException | None, *secrets: str) -> str:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait, for a minute at most: also a slow machine comes to it."""
+    """Wait until the condition is true; fail after a minute."""
     for _ in range(12_000):
         if condition():
             return
@@ -92,7 +92,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def has(there: AdapterLoader, id: str | AdapterRef, folder: Path) -> str:
-    """It loads, is what is in the folder, and then is in a cache, too; its version."""
+    """Assert that it loads, equals the folder's files and passes its checks; return its version."""
     async with await there.load(id) as handle:
         tiny.assert_equal_to_file(handle, folder)
         await handle.verified()
@@ -100,9 +100,9 @@ async def has(there: AdapterLoader, id: str | AdapterRef, folder: Path) -> str:
 
 
 def stored_in(folder: Path) -> tuple[int, int]:
-    """How many adapters our own cache has, and how many downloads that ended half-way.
+    """Return the numbers of adapters and of partial downloads in the disk cache.
 
-    What is published meanwhile is seen at least once.
+    An entry that is published during the call is counted at least once.
     """
     partials = len(list((folder / "cache").glob("partials/*")))
     return len(list((folder / "cache").glob("entries/*"))), partials

@@ -1,4 +1,4 @@
-"""What of vLLM 0.32 the plug-in needs, without vLLM. `make vllm` runs the plug-in in the real one."""
+"""Doubles of the parts of vLLM 0.32 that the plug-in needs; `make vllm` uses the real one."""
 
 import asyncio
 import hashlib

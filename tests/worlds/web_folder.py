@@ -1,4 +1,4 @@
-"""Servers on loopback of folders of adapters, and a locator that may ask them."""
+"""Loopback servers of adapter folders, and a locator for them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,7 +44,7 @@ def hold(client: Client) -> None:
 
 @dataclass
 class Folder:
-    """Files by name, with the fields that each is sent with; what is not here is a 404."""
+    """Files by name, with their response fields; other names are a 404."""
 
     files: dict[str, bytes]
     fields: dict[str, list[str]] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Folder:
 
 
 class Locator:
-    """A backend that is asked about ids."""
+    """Locates refs by a backend that takes parsed ones."""
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend

@@ -1,4 +1,4 @@
-"""Servers that nobody here wrote, on loopback, for as long as a test runs."""
+"""Third-party servers on loopback, for the length of a test."""
 
 import os
 import socket
@@ -55,7 +55,7 @@ def free_port() -> int:
 
 
 class Nginx:
-    """Serves `files`, in the ways that the locations of its configuration tell."""
+    """nginx, which serves `files` in a different way at each location of its configuration."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -67,7 +67,7 @@ class Nginx:
         return f"http://127.0.0.1:{self.first}/{path}"
 
     def put(self, name: str, data: bytes) -> None:
-        """Replace a file; its ETag is made of its time, in seconds, and its size."""
+        """Replace a file; its ETag is its time, in seconds, and its size."""
         file = self.files / name
         file.parent.mkdir(parents=True, exist_ok=True)
         new = file.with_suffix(".new")
@@ -77,7 +77,7 @@ class Nginx:
         new.rename(file)
 
     def requests(self) -> list[str]:
-        """A line each: request, status, port, range, authorization, and bytes of the body."""
+        """Return a line per request: request, status, port, range, authorization, body bytes."""
         log = self.root / "requests"
         return log.read_text().splitlines() if log.exists() else []
 
@@ -155,7 +155,7 @@ def caching_proxy(
 
 @contextmanager
 def rclone(kind: str, folder: Path, scratch: Path) -> Iterator[str]:
-    """The URL at which `rclone serve KIND` serves the folder, as it is at each moment."""
+    """Run `rclone serve KIND` over a folder without caching; yield its URL."""
     port = free_port()
     address = f"127.0.0.1:{port}"
     command: Command = [_program("rclone"), "serve", kind, "--config", scratch / "rclone.conf"]
@@ -166,7 +166,7 @@ def rclone(kind: str, folder: Path, scratch: Path) -> Iterator[str]:
 
 @contextmanager
 def pythons_own(folder: Path, scratch: Path) -> Iterator[str]:
-    """The URL at which Python's `http.server` serves the folder. It knows no ranges."""
+    """Serve the folder by Python's `http.server`, which does not support ranges; yield its URL."""
     port = free_port()
     command: Command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", "--directory"]
     with running([*command, folder, str(port)], [port], scratch / "python.log"):
@@ -175,7 +175,7 @@ def pythons_own(folder: Path, scratch: Path) -> Iterator[str]:
 
 @contextmanager
 def running(command: Command, ports: Sequence[int], log: Path) -> Iterator[None]:
-    """A process that answers on its ports; it is ended, and gone, on the way out."""
+    """Run a process until it answers on its ports; end it, and wait for it, afterwards."""
     with log.open("wb") as output:
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(list(map(str, command)), stdout=output, **streams)

@@ -1,1 +1,1 @@
-"""The proof of the GPU's kernels, run in processes: Triton reads what to do when it is imported."""
+"""Checks of the GPU's kernels, in processes: Triton is configured when it is imported."""
