@@ -564,7 +564,7 @@ requests; if later, some requests would wait for more than two.
 """
 
 USUAL_TURNS = 5
-"""Usual turns without the end of a request after which an adapter may lose its slot amid one.
+"""Usual turns without the end of a request after which an adapter may lose its slot early.
 
 A mean bounds its tail: at most one turn in five lasts as long, however lengths are distributed.
 """
@@ -577,8 +577,8 @@ class FairTimes:
     """Which requests are overdue.
 
     The fair time of a request is the length of the queue up to it, by urgency, divided by the
-    throughput: the time in which as many requests end. It is counted in these, so that it needs no
-    estimate. No request is overdue whose age, by urgency, is below `level` seconds.
+    throughput: the time in which as many requests end. It is measured in ended requests, so that it
+    needs no estimate. No request is overdue whose age, by urgency, is below `level` seconds.
     """
 
     def __init__(self, level: float) -> None:
@@ -605,7 +605,7 @@ class FairTimes:
     def is_overdue(self, ticket: Ticket, now: float, patience: float) -> bool:
         """Return whether it has waited for `FAIR_TIMES`.
 
-        It also is if no request has ended for `patience` seconds, nor has it come in these.
+        It is overdue too if it has waited for `patience` seconds in which no request ended.
         """
         since = ticket.order[0]
         stuck = now - max(since, self._last_end) >= patience
@@ -617,7 +617,7 @@ class SlotTurns:
 
     An adapter with requests keeps its slot until requests of another one are overdue. Then those
     that have had theirs longest yield: only requests begin that were queued when the turn began. A
-    turn ends with the last of these, or amid them if none ends for `patience` seconds.
+    turn ends with the last of these, or earlier if none ends for `patience` seconds.
     """
 
     def __init__(self, level: float) -> None:
@@ -640,7 +640,7 @@ class SlotTurns:
     ) -> None:
         """Let the first `overdue` of the holders, which are in the order of their grants, yield.
 
-        With `may_interrupt`, those leave of which no request ends.
+        With `may_interrupt`, those of which no request ends leave at once.
         """
         stuck_since = now - self.patience
         for number, holder in enumerate(holders):

@@ -16,4 +16,5 @@ Only `cli` imports this package. Importing it needs the extra `serve`.
 - `server_metrics.py`: numbers for Prometheus
 - `server_log.py`: the log's lines: requests, loads, failures, start and end
 - `warm_list.py`: the adapters to load at the start
+- `ray_serve.py`: the server as a deployment of Ray Serve
 """
