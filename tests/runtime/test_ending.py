@@ -238,7 +238,7 @@ async def break_off(closing: asyncio.Task[None]) -> None:
 
 
 async def test_the_device_outlives_copies(tmp_path: Path, monkeypatch: Patch) -> None:
-    """Whoever copies still writes to the arena."""
+    """Copies in flight still write to the arena."""
     folder, ended = tiny.write(tmp_path / "a"), list[str]()
     there, device = gated(slots=1)
     for name in ("copy", "close"):
@@ -266,7 +266,7 @@ async def test_the_device_outlives_copies(tmp_path: Path, monkeypatch: Patch) ->
 
 @pytest.mark.parametrize("step", ["resolve", "digest", "populate", "open"])
 async def test_undo_is_awaited(tmp_path: Path, step: str) -> None:
-    """Of a fetch even if close is broken off."""
+    """The undo of a fetch is awaited even if the close is cancelled."""
     source = stocked(tmp_path, "a", holdable=True)
     slowed = Slowed(source, step)
     there = over(source)
@@ -309,7 +309,7 @@ async def test_unmap_is_awaited(tmp_path: Path, monkeypatch: Patch, by: str) -> 
 
 
 class SlowInt(int):
-    """While it is counted down, others have their turn."""
+    """Lets other threads run while it is counted down."""
 
     def __add__(self, other: int) -> SlowInt:
         return SlowInt(int(self) + other)

@@ -1,4 +1,4 @@
-"""Adapters given as tensors: equal to their twins in files, kept while named, refused cleanly."""
+"""Adapters from tensors: equal to the same adapter in files, kept while named, refused cleanly."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping

@@ -1,4 +1,4 @@
-"""Prefetches to each tier, behind everybody else, by thousands; and the tier in host memory."""
+"""Prefetches to each tier, behind all loads, by thousands; and the host tier."""
 
 import asyncio
 import gc

@@ -1,4 +1,4 @@
-"""Room in slots and bytes: who waits and who goes; pins, which keep it; unloading, which ends it."""
+"""Room in slots and bytes: waits and evictions, pins and unloads."""
 
 import asyncio
 from pathlib import Path
@@ -52,7 +52,7 @@ async def test_no_more_are_told_to_leave_than_have_to(tmp_path: Path) -> None:
         there.subscribe(told.append)
         await fails(there.load("c", timeout=0.1), errors.AdapterTimeoutError)
         kinds = [type(event) for event in told]
-        assert kinds == [HeaderChecked, Leaving, Resident], "nobody waits any more"
+        assert kinds == [HeaderChecked, Leaving, Resident], "no call waits any more"
         waiting = asyncio.create_task(there.load("c"))
         await until(lambda: state(there, "a") == "leaving")
         assert there.try_acquire("a") is None

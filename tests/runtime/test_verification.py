@@ -1,4 +1,4 @@
-"""How far an adapter's bytes were checked, a digest that a caller knows, and bytes that are false."""
+"""How an adapter's bytes were checked, digests of callers, and wrong bytes."""
 
 import asyncio
 from hashlib import sha256

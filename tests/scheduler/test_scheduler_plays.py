@@ -36,7 +36,7 @@ TOLD = "the link was told to fail"
 
 @dataclass(frozen=True, slots=True)
 class Conduct:
-    """How an adapter's bytes come: the first group after `delay`, the others every `interval`.
+    """How an adapter's bytes arrive: the first group after `delay`, the others every `interval`.
 
     From group `at` on they come no more ("stalls"), or their coming fails.
     """
@@ -92,14 +92,14 @@ LEVEL = 0.02  # `starvation_age`: of the scheduler in virtual seconds, of the lo
 
 TIMEOUT = 60.0
 BOUND = 30.0
-"""Nobody waits longer whose adapter comes: more than all passes and loads of a plan take."""
+"""No request waits longer if its adapter comes: all passes and loads of a plan take less."""
 
-MISSING = "x"  # An id that nobody has
+MISSING = "x"  # an id that the source does not have
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Settings that one example plays in, and how the adapters come."""
+    """The settings of one example, and how its adapters arrive."""
 
     loop: str
     slots: int
@@ -119,7 +119,7 @@ class Scene:
 
 @dataclass(slots=True, eq=False)
 class Wanted:
-    """One request: what was asked for, when, and whether it was cancelled on purpose."""
+    """One request: its content, its time, and whether the test cancelled it."""
 
     ticket: Ticket
     at: float
@@ -293,7 +293,7 @@ class Engine:
         world.blame(handle.resident or handle not in self._burnt, "it waits in vain once more")
 
     def _judge_order(self, batch: Batch) -> None:
-        """The most urgent request that could be computed is: no request waits for ever.
+        """The most urgent request that can be computed is computed: no request waits forever.
 
         Limited places go to adapters in turn, and to the oldest request only once it is overdue.
         """
@@ -351,7 +351,7 @@ class Engine:
         }
 
     async def _gate(self, batch: Batch, handle: AdapterHandle, layer: int, budget: float) -> bool:
-        """Wait for the layer; whether it came in time. Alone one waits as long as nobody minds."""
+        """Wait for the layer; return whether it came in time. Alone, a pass may wait for longer."""
         clock, began = self.world.clock, self.world.clock.now
         others = any(row.handle is not handle for row in batch.rows)
         while not handle.is_ready(layer):
@@ -570,7 +570,7 @@ READY = [Step(wait, Request(id, 20, 6)) for wait in (0.0, 0.013, 0.021) for id i
 
 
 def scene(loop: str, conduct: Conduct) -> Scene:
-    """Room for all: whoever is late is late for want of its adapter."""
+    """Return a scene with room for all: a late request is late because of its adapter."""
     conducts = {id: WARM if id in "ab" else conduct for id in IDS}
     return Scene(loop, 6, 4096, 64, None, None, conducts)
 

@@ -1,4 +1,4 @@
-"""The models and adapters of the tests of engines."""
+"""The fixtures of tests/engines, with models and adapters."""
 
 from engines.conftest import adapters, examples, model, one_thread, small, source, theirs
 

@@ -90,7 +90,7 @@ async def test_load_use_and_unload(tmp_path: Path) -> None:
 
 
 async def test_a_name_is_given_once(tmp_path: Path) -> None:
-    """But to another adapter in its place; what is no folder is an id of the loader's sources."""
+    """Only in place is it given to another adapter; a path that is not a folder is an id."""
     source = stocked(tmp_path, "one", "two")
     async with serving(loader=over(source)) as world:
         assert (await load(world, "a", "one")).status == 200

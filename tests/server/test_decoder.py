@@ -179,7 +179,7 @@ async def test_models_of_several_families_are_decoded(name: str) -> None:
 
 
 async def test_what_was_at_a_place_never_matters(small: Any) -> None:
-    """Not even keys and values that are no numbers: beside a longer row they are masked."""
+    """Not even keys and values that are NaN: beside a longer row they are masked."""
     broken = copy.deepcopy(small)
     async with serving(broken) as (_, attached):
         decoder = TransformersDecoder(broken, attached, 2)

@@ -1,4 +1,4 @@
-"""What the server says that it takes and gives: against the standard, its routes and its answers."""
+"""The OpenAPI document against the standard, the routes and real answers."""
 
 import copy
 import json
@@ -204,7 +204,7 @@ async def test_a_number_of_a_trace_is_one_that_the_document_allows() -> None:
 async def test_every_status_is_documented_and_every_refusal_of_a_key_happens(
     tmp_path: Path, token: str | None, api_keys: tuple[str, ...]
 ) -> None:
-    """Without an admin token, nobody may make the operator's calls, and no key helps."""
+    """Without an admin token, the operator's calls are refused, whatever the key."""
     lora = tiny.write(tmp_path / "lora")
     async with serving(admin_token=token, api_keys=api_keys) as world:
         document = (await world.ask("GET", "/openapi.json")).json

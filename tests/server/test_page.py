@@ -415,7 +415,7 @@ async def test_a_cold_request_without_a_token_is_shown_with_its_outcome(
 
 
 async def test_a_mistyped_name_is_no_cold_request(tmp_path: Path) -> None:
-    """So that it takes the place of none, for nobody."""
+    """It must not displace a request that a viewer may choose."""
     folder, there = tiny.write(tmp_path / "pirate"), tiny_loader()
     async with serving(FakeEngine(loading(there)), there, adapters={"pirate": folder}) as world:
         await asked(world, "pirate")
@@ -568,7 +568,7 @@ async def test_an_adapter_has_the_operators_name(tmp_path: Path) -> None:
 
 def test_the_first_name_that_is_left_counts(tmp_path: Path) -> None:
     names = ModelNames("base", {"one": "org/x", "two": "org/x", "path": tmp_path})
-    ids = ("org/x", tmp_path, str(tmp_path))  # a request's text is no path
+    ids = ("org/x", tmp_path, str(tmp_path))  # a request's text is not a path
     assert [names.name_of(id) for id in ids] == ["one", "path", None]
     names.add("one", "org/y")
     assert (names.name_of("org/x"), names.name_of("org/y")) == ("two", "one")

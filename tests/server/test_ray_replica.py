@@ -57,7 +57,7 @@ async def test_nothing_is_left_of_a_request_whose_client_leaves(
 
 
 def test_what_is_no_name_is_routed_as_no_adapter() -> None:
-    """It would stay in each router's memory, or fail there, where nobody answers the request."""
+    """It would stay in each router's memory, or fail there, and leave the request unanswered."""
     assert adapter_of(b'{"model": "org/sql"}') == "org/sql"
     bodies = b'{"model": "\\ud800"}', b'{"model": "%s"}' % (b"x" * 5_000), b'{"model": 1}', b"["
     assert {adapter_of(body) for body in bodies} == {""}

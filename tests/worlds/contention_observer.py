@@ -85,7 +85,7 @@ class Stay:
     cells: dict[int, Cell] = field(default_factory=dict)
     kernels: int = 0
     resident: bool = False
-    over: bool = False  # It is leaving, or failed: nobody is promised anything of it
+    over: bool = False  # it is leaving, or failed: no handle may rely on it
 
 
 class ObservedDevice(SimulatedDevice):
@@ -135,7 +135,7 @@ class ObservedDevice(SimulatedDevice):
             elif isinstance(event, events.SlotFreed):
                 self.blame(stay is None, "a slot was freed before it was cleared")
             elif stay is None or (stay.slot, stay.key) != (event.slot, event.key):
-                self.blame(False, f"{type(event).__name__} of a slot that somebody else has")
+                self.blame(False, f"{type(event).__name__} of a slot that another adapter has")
             elif isinstance(event, LayerReady):
                 self.check_weights(stay, event.layer)
             elif isinstance(event, Resident):
@@ -162,7 +162,7 @@ class ObservedDevice(SimulatedDevice):
         return named and shaped and torch.equal(a, want_a) and torch.equal(b, want_b)
 
     def staging_memory(self, nbytes: int) -> torch.Tensor:
-        self.blame(nbytes in self._budgets, f"{nbytes} bytes of host memory are no budget")
+        self.blame(nbytes in self._budgets, f"{nbytes} bytes of host memory are not a budget")
         self.blame(len(self._claimed) < len(self._budgets), "host memory was claimed twice")
         self._claimed.append(super().staging_memory(nbytes))
         return self._claimed[-1]
@@ -173,7 +173,7 @@ class ObservedDevice(SimulatedDevice):
         with self._lock:
             stay = self.stays.get(slot)
             if stay is None or piece is None:
-                self.blame(False, "a copy of rows alone, or into a slot that nobody has")
+                self.blame(False, "a copy of rows alone, or into an empty slot")
                 return super().copy(piece, rows, extent, slot)
             self._judge(stay, piece, rows, extent)
             memory, content, cells = piece.memory, piece.memory.clone(), _cells(rows, extent)
@@ -200,7 +200,7 @@ class ObservedDevice(SimulatedDevice):
         self.blame(_inside(whole, self._arena) and _inside(part, whole), "outside the arena")
         theirs = [_bytes_of(extent) for each in others for extent in each.extents]
         mine = [_bytes_of(each) for each in stay.extents - {extent}]
-        self.blame(not _meets(whole, theirs), "an extent of somebody else's")
+        self.blame(not _meets(whole, theirs), "another adapter's extent")
         self.blame(not _meets(whole, mine), "extents of one adapter overlap")
         self.blame(not _meets(part, stay.written), "bytes are copied twice")
         self.blame(stay.asked.isdisjoint(row.module for row in rows), "rows are written twice")
@@ -211,7 +211,7 @@ class ObservedDevice(SimulatedDevice):
         self.blame(taken <= stay.nbytes, "more bytes than were granted")
         memory = _range_of(piece.memory)
         claimed = any(_inside(memory, _range_of(each)) for each in self._claimed)
-        self.blame(claimed, "a copy from memory that is no budget's")
+        self.blame(claimed, "a copy from memory outside the budgets")
         self._flights = [flight for flight in self._flights if not flight[0].done()]
         in_use = [memory for _, memory in self._flights]
         self.blame(not _meets(memory, in_use), "host memory is used while a copy reads it")
@@ -245,7 +245,7 @@ class ObservedDevice(SimulatedDevice):
     def clear_column(self, slot: int) -> None:
         with self._lock:
             stay = self.stays.pop(slot, None)
-            self.blame(stay is not None, "a slot that nobody has was cleared")
+            self.blame(stay is not None, "an empty slot was cleared")
             if stay is not None:
                 self._blame_users(stay, "freed")
             super().clear_column(slot)

@@ -25,7 +25,7 @@ MODULES = tuple(
 BYTES_PER_RANK = len(MODULES) * 2 * HIDDEN * ITEM
 LARGEST = 256 * BYTES_PER_RANK
 
-_PERIOD = 1_000_003  # A prime: what is read from a wrong place is no other place's bytes
+_PERIOD = 1_000_003  # a prime: bytes differ at every offset, so a wrong offset shows
 _STRIDE = 7_919
 
 
@@ -178,7 +178,7 @@ class FaultySource(FaultServer):
                 return draw, None
             possible = {kind: share for kind, (share, _) in FAULTS.items()}
             if not stored.promised or answer.start + len(answer.body) <= answer.header:
-                del possible["wrong"]  # nobody could notice
+                del possible["wrong"]  # no digest would show it
             (kind,) = draw.choices(list(possible), list(possible.values()))
             self._faults[kind] += 1
             if kind in DAMAGING:

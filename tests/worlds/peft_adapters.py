@@ -27,7 +27,7 @@ MiB = 1 << 20
 PEFT_WARNING = r"ignore:The `is_gradient_checkpointing` attribute:FutureWarning"
 # Wrapping a model makes peft 0.21 ask transformers 5.23 in a way that transformers deprecates.
 FEATURE_WARNINGS = r"ignore:.*(lora_bias=True|tie_word_embeddings=True|have invalid shape)"
-# PEFT warns that adapters with a bias, or of tied modules, cannot be merged; nobody merges here. And
+# PEFT warns that adapters with a bias, or of tied modules, cannot be merged; no test merges them. And
 # when it saves biases it takes them for matrices that were gathered wrongly.
 
 

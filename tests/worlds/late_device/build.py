@@ -199,4 +199,4 @@ def _compile(command: list[str], target: Path) -> None:
         done = subprocess.run([*command, "-o", made], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise NotBuilt(f"the late device does not compile: {done.stderr[-2000:]}")
-        made.replace(target)  # whoever builds at the same time finds all of it or nothing
+        made.replace(target)  # a concurrent build finds all of it or nothing

@@ -29,7 +29,7 @@ class Case:
     `ranks` are by slot, before they are padded to a multiple of 8 (0: does not touch the module);
     those of the second and third module are the same, moved by one and two slots. `segments` are
     (slot, rows), slot -1: no adapter. `partials` of None: as many as the launch would take. `spare`:
-    room for two tiles and for ranks that nobody has. The results of INTEGERS lie half-way between
+    room for two tiles and for ranks that no slot has. The results of INTEGERS lie half-way between
     two numbers of the dtype.
     """
 

@@ -96,7 +96,7 @@ def segments() -> int:
 
 
 def unfit_ranks() -> int:
-    """A rank that is no multiple of 8, or above the plan's, makes its rows NaN and nothing else."""
+    """A rank that is not a multiple of 8, or above the plan's, makes its rows NaN and nothing else."""
     for rank in (12, 24):
         world = World(Case(ranks=(16, 8), segments=((0, 2), (1, 2)), features=(64, 32)))
         [module] = world.modules
