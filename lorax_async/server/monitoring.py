@@ -98,24 +98,24 @@ class ColdRequests:
 
         It is encoded once, in a thread. Only the operator sees all names in it.
         """
-        async with self._encoding:
-            while True:  # names and requests change meanwhile
-                visible = self.visible(operator=operator)
-                chosen = (each for each in visible if number is None or each.number == number)
-                request = next(chosen, None)
-                if request is None:
-                    return None
-                number = request.number
-                names = None if operator else tuple(self._names.adapters.items())
-                made_for, content = request.encoded.get(operator, (None, None))
-                if content is not None and made_for == names:
-                    break
-                await asyncio.sleep(max(0.0, self._resting_until - time.monotonic()))
-                began = time.monotonic()
-                content = await asyncio.to_thread(request.encode, names)
-                request.encoded[operator] = names, content
-                self._resting_until = time.monotonic() + REST_FACTOR * (time.monotonic() - began)
-        return await asyncio.to_thread(zlib.decompress, content)
+        while True:  # names and requests change meanwhile
+            visible = self.visible(operator=operator)
+            chosen = (each for each in visible if number is None or each.number == number)
+            request = next(chosen, None)
+            if request is None:
+                return None
+            number = request.number
+            names = None if operator else tuple(self._names.adapters.items())
+            content = request.encoded_for(names)
+            if content is not None:
+                return await asyncio.to_thread(zlib.decompress, content)
+            async with self._encoding:
+                if request.encoded_for(names) is None:
+                    await asyncio.sleep(max(0.0, self._resting_until - time.monotonic()))
+                    began = time.monotonic()
+                    await asyncio.to_thread(request.encode, names)
+                    ended = time.monotonic()
+                    self._resting_until = ended + REST_FACTOR * (ended - began)
 
 
 class ColdRequest:
@@ -133,7 +133,7 @@ class ColdRequest:
         """"first token", or what ended it: an error's class, "cancelled", "no token"."""
         self.seconds = self.ended = 0.0
         """The time until then, and when that was by `time.time`."""
-        self.encoded: dict[bool, tuple[Names | None, bytes]] = {}
+        self._encoded: dict[bool, tuple[Names | None, bytes]] = {}
         """By whether it is the operator's: the names in it, and the encoded trace."""
         self._on_end = on_end
         self._trace = loader.trace(limit=SPAN_LIMIT).start()
@@ -154,13 +154,19 @@ class ColdRequest:
         """How many spans its trace has."""
         return self._trace.kept
 
-    def encode(self, names: Names | None) -> bytes:
-        """Return the trace in Chrome's format; with `names`, no other names are in it. Blocks.
+    def encoded_for(self, names: Names | None) -> bytes | None:
+        """Return what `encode` made with these names, compressed; None if it has not."""
+        made_for, content = self._encoded.get(names is None, (None, None))
+        return content if made_for == names else None
+
+    def encode(self, names: Names | None) -> None:
+        """Make the trace in Chrome's format; with `names`, no other names are in it. Blocks.
 
         Names that several of these adapters have become "another adapter", as all others do.
         """
         called = None if names is None else self._called(names)
-        return zlib.compress(self._trace.encoded(called), level=1)
+        content = zlib.compress(self._trace.encoded(called), level=1)
+        self._encoded[names is None] = names, content
 
     def _called(self, names: Names) -> dict[str, str]:
         """Return the viewer's names by those in the trace."""
