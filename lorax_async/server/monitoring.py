@@ -27,11 +27,20 @@ T = TypeVar("T")
 
 # -- traces of cold requests ----------------------------------------------------------------------
 
-MAX_RECORDINGS = 2  # at a time, of which the last is for an adapter with a name
-SPAN_LIMIT = 8_192  # of one trace, and as many of the computing: 10 MB of JSON at most
-MAX_COLD = 20  # requests that are kept, and as many whose adapters have names
-MAX_COLD_SPANS = 65_536  # of either; of about 600 bytes each with their JSON: 40 MB at most
-REST_FACTOR = 3  # times as long as the encoding of a trace, which competes with computing tokens
+MAX_RECORDINGS = 2
+"""Concurrent recordings; further requests are not recorded. The last is for named adapters."""
+
+SPAN_LIMIT = 8_192
+"""Spans of one trace, and as many of "compute": at most 10 MB of JSON."""
+
+MAX_COLD = 20
+"""Cold requests kept, and as many for named adapters; the oldest go first."""
+
+MAX_COLD_SPANS = 65_536
+"""Spans of each of these two lists, about 600 bytes each with their JSON: at most 40 MB."""
+
+REST_FACTOR = 3
+"""Pause after encoding a trace, in multiples of its time: it competes with computing tokens."""
 
 Names = tuple[tuple[str, AdapterId], ...]
 
@@ -189,16 +198,31 @@ class ColdRequest:
 
 # -- the page -------------------------------------------------------------------------------------
 
-MAX_ROWS = 200  # of adapters with names; and of others, of which the nearest are shown
-MAX_PAGES = 64  # open pages of clients, and as many of the operator, which clients cannot use up
+MAX_ROWS = 200
+"""Rows of named adapters, and as many of others, the nearest."""
+
+MAX_PAGES = 64
+"""Open pages of clients, and as many of the operator, which clients cannot use up."""
+
 ERROR_LENGTH = 300
 
-RATE_SECONDS = 10.0  # tokens per second are a mean over this time
-TICK = 0.25  # between two checks for changes
-FRESH_SECONDS = 0.2  # for which pages share what was read, at least,
-FRESH_FACTOR = 20  # and this many times as long as it took: milliseconds for thousands of adapters
-SILENCE = 15.0  # before an empty event is sent: proxies end silent connections
-LAST_SECONDS = 1.0  # that a client may take to read the end of its stream
+RATE_SECONDS = 10.0
+"""Tokens per second are a mean over this time."""
+
+TICK = 0.25
+"""Seconds between two checks for changes."""
+
+FRESH_SECONDS = 0.2
+"""All pages share a read for at least this long,"""
+
+FRESH_FACTOR = 20
+"""and for this multiple of its duration: reading thousands of adapters takes milliseconds."""
+
+SILENCE = 15.0
+"""Seconds without changes after which an empty event is sent: proxies end silent connections."""
+
+LAST_SECONDS = 1.0
+"""Seconds that a client may take to read the end of its stream."""
 
 Row = dict[str, Any]
 Rows = Mapping[str, Row]
@@ -277,7 +301,7 @@ class Dashboard:
         now: dict[str, Any] = {
             "base": self._names.base,
             "operator": operator,
-            "more": max(0, len(self._names.adapters) - MAX_ROWS),  # with names, and not shown
+            "more": max(0, len(self._names.adapters) - MAX_ROWS),  # named, but not shown
             "cold": self.cold(operator=operator),
             "numbers": self.numbers(),
         }

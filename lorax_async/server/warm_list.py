@@ -19,7 +19,7 @@ from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.acquire import Prefetch
 from lorax_async.types import AdapterId, AdapterRef, as_ref
 
-_MAX_ADAPTERS = 1024  # that are remembered, the last used ones
+_MAX_ADAPTERS = 1024  # the least recently used are forgotten
 _MAX_BYTES = 16 << 20
 
 _logger = logging.getLogger("lorax_async")
