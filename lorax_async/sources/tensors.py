@@ -269,11 +269,10 @@ _NO_BYTES = torch.empty(0, dtype=torch.uint8)
 class HostCopy:
     """A safetensors file with its config, in memory. Any thread may open readers.
 
-    It begins as reserved room, which `HostCopies.put` fills. When it is dropped and its last reader
-    closed, the room is given back.
+    It begins as reserved memory, which `HostCopies.put` fills, and gives it back once it is dropped
+    and its last reader is closed.
     """
 
-    key: AdapterKey | None = None
     config: bytes
 
     def __init__(self, nbytes: int, copies: HostCopies) -> None:
@@ -309,7 +308,6 @@ class CopyReader:
             assert problem is not None
             raise problem
 
-        self.copy = copy
         self._copy = SharedResource("the reader", HostCopy.release, opened=copy, open=missing)
 
     @property
@@ -366,18 +364,14 @@ class HostCopies:
         """Bytes of each copy."""
         return {key: copy.nbytes for key, copy in self._copies.items()}
 
-    def put(
-        self, copy: HostCopy, key: AdapterKey, config: bytes, content: torch.Tensor
-    ) -> HostCopy:
-        """Fill reserved room and keep it; if a copy with `key` is kept, return that one instead."""
-        copy.key, copy.config, copy.content = key, config, content
-        known = self.get(key)
-        if known is not None:
+    def put(self, copy: HostCopy, key: AdapterKey, config: bytes, content: torch.Tensor) -> None:
+        """Fill a reserved copy and keep it; release it if there is a copy with `key` already."""
+        copy.config, copy.content = config, content
+        if key in self._copies:
             copy.release()
-            return known
-        self._copies[key] = copy
-        self.notify()
-        return copy
+        else:
+            self._copies[key] = copy
+            self.notify()
 
     def get(self, key: AdapterKey) -> HostCopy | None:
         return self._copies.get(key)
