@@ -558,11 +558,15 @@ KINDS = r"adapter 1 has \(layers, in, out, dtypes\) "
 
 def test_adapters_that_do_not_fit_the_world_or_each_other_are_refused() -> None:
     for weights, world, named in [
-        (shapes((12, 48)), 2, "A of adapter 0 has rank 12 and B has 48, .* no share of one in 2"),
+        (
+            shapes((12, 48)),
+            2,
+            "A of adapter 0 has rank 12 and B has 48, .* not a share of one in 2",
+        ),
         (shapes((12, 48)), 1, "B has 48, which is not a share of one in 1"),
         (shapes((8, 16), (8, 24)), 2, "A of adapter 1 has rank 8 and B has 24"),
         (shapes((16, 8)), 2, "A of adapter 0 has rank 16 and B has 8"),
-        (shapes((8, 8)), 0, "no share of one in 0 processes; load the weights for this world"),
+        (shapes((8, 8)), 0, "not a share of one in 0 processes; load the weights for this world"),
         (shapes((8, 16), (16, 16)), 2, "A of adapter 1 has 1/1 of its rank, .* first .* 1/2; load"),
         ({0: stand_in(8), 1: sized(8, 8, layers=3)}, 1, KINDS + r"\(3, 5, 3, "),
         ({0: stand_in(8), 1: sized(8, 8, inputs=6)}, 1, KINDS + r"\(2, 6, 3, "),
