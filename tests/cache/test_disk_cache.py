@@ -251,17 +251,6 @@ class TestRoom:
             keep(world.cache, key(3), bytes(1_000))
             assert there(world, 4) == [0, 2, 3]
 
-    def test_interrupted_downloads_go_first(self, two: Two) -> None:
-        cache = two[0].cache
-        keep(cache, key(0), bytes(1_000))
-        left(cache, key(1), bytes(1_000), [(0, 1_000)])
-        assert cache.budget.used() == SIZE + 1_000
-        keep(cache, key(2), bytes(1_000))
-        assert cache.budget.used() == 2 * SIZE + 1_000
-        keep(cache, key(3), bytes(1_000))
-        assert there(two[0], 4) == [0, 2, 3]
-        assert cache.budget.used() == 3 * SIZE
-
     def test_is_reserved_by_one_only(self, tmp_path: Path, monkeypatch: Patch) -> None:
         """The second one looks at the folder when the first one's bytes are there."""
         real, entered, go = os.posix_fallocate, Event(), Event()
@@ -945,24 +934,6 @@ def test_what_is_replaced_just_before_one_leases_it_stays(two: Two) -> None:
     with at_first_lock(replace).counted():
         assert one.cache.open(KEY) is None
     assert is_there(one.cache, KEY)
-
-
-def test_a_process_that_hangs_is_not_waited_for(two: Two) -> None:
-    """The one that hangs finds, when it is back, that the other was faster."""
-    one, other = two
-    hanging = begun(one.cache)
-    file = hanging.file(WEIGHTS_FILE, 1_000)
-    put(file, CONTENT, [(0, 10)])
-    alone = begin(other.cache, KEY, patience=0.1)
-    assert isinstance(alone, DiskDownload)
-    put(alone.file(WEIGHTS_FILE, 1_000), CONTENT, [(0, 1_000)])
-    entry = alone.publish()
-    put(file, CONTENT, [(10, 1_000)])
-    theirs = hanging.publish()
-    assert theirs.record.files[-1].digest == entry.record.files[-1].digest
-    assert content_of(theirs) == CONTENT[:1_000]
-    theirs.close()
-    entry.close()
 
 
 def run_script(what: str, base: Path, before: Sequence[str] = ()) -> Any:

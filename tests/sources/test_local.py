@@ -12,13 +12,11 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, closing, contextmanager
-from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import safetensors.torch
-import torch
 from event_loops import Run
 from leaks import descriptors
 from local_world import (
@@ -35,23 +33,11 @@ from local_world import (
     touch,
 )
 from page_cache import cached_pages, drop_pages, map_sizes, may_lock
-from source_conformance import was_cancelled
-from source_inputs import (
-    CONFIG,
-    cannot_read,
-    groups_of,
-    header_bytes,
-    read,
-    read_rows,
-    rows_of,
-    tensors,
-    weights,
-)
+from source_inputs import CONFIG, groups_of, header_bytes, read, tensors, weights
 
 from lorax_async import AdapterKey, AdapterRef, LocalRoot, Verification, errors, files
 from lorax_async.concurrency import FetchControl
 from lorax_async.files import FileReader, LocalPages, MappedFile, identity_of, open_same
-from lorax_async.formats.spans import ByteSpan
 from lorax_async.sources import local
 from lorax_async.sources.local import LocalSource
 
@@ -428,19 +414,6 @@ def test_system_errors(reader: FileReader, monkeypatch: Patch, number: int, kind
         assert isinstance(caught.value.__cause__, OSError)
 
 
-@pytest.mark.parametrize("nbytes", [100, 4096, 4097, None])
-def test_a_changed_file(reader: FileReader, tmp_path: Path, nbytes: int | None) -> None:
-    """It is shorter, rewritten, longer, or gone."""
-    read(reader, 0, 10)
-    threading.Event().wait(0.02)  # the clock of files may tick that slowly
-    if nbytes is None:
-        (tmp_path / "file").unlink()
-    else:
-        (tmp_path / "file").write_bytes(bytes(nbytes))
-    with pytest.raises(errors.IntegrityError, match="again"):
-        read(reader, 50, 150)
-
-
 def test_a_descriptor_outlives_its_read(reader: FileReader, monkeypatch: Patch) -> None:
     entered, go, real = threading.Event(), threading.Event(), os.preadv
 
@@ -515,39 +488,6 @@ async def test_one_file_of_weights_comes_before_an_index(world: LocalWorld, fold
     ]
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["opened", "reopened"])
-async def test_it_is_read_by_any_cuts(world: LocalWorld, folder: Path, again: bool) -> None:
-    """And by any rows."""
-    key = await world.source.resolve(AdapterRef(folder))
-    file = await world.source.open(key, FetchControl())
-    assert file.config == CONFIG
-    reader = world.source.reopen(key) if again else file.reader
-    size = reader.nbytes
-    content = read(reader, 0, size)
-    assert content.startswith(file.prefix)
-    loaded = safetensors.torch.load(content)
-    assert loaded.keys() == tensors(1).keys()
-    assert all(torch.equal(loaded[name], t) for name, t in tensors(1).items())
-    for step in (7, 64, 1000):
-        cuts = [*range(0, size, step), size]
-        result = memoryview(bytearray(size))
-        reader.read_into([result[a:b] for a, b in pairwise(cuts)], 0)
-        assert result == content
-        assert b"".join(read(reader, a, b) for a, b in pairwise(cuts)) == content
-    for nbytes, pitch in product((1, 5, 12), (12, 13, 100)):
-        rows = (size - nbytes) // pitch
-        for start in (0, 3, size - (rows - 1) * pitch - nbytes):
-            span = ByteSpan(start, start + nbytes, rows, pitch)
-            assert read_rows(reader, span) == rows_of(content, span)
-    view = memoryview(bytearray(900)).cast("B", (30, 30))
-    reader.read_into([view], size - 900)
-    assert view.tobytes() == content[-900:]
-    cannot_read(reader, ByteSpan(size - 50, size - 40, 3, 25), errors.IntegrityError, "before byte")
-    for each in (file.reader, reader):
-        each.close()
-        cannot_read(each, ByteSpan(0, 1, 2, 3), errors.FetchError, "closed")
-
-
 async def test_many_first_reads(world: LocalWorld, folder: Path, monkeypatch: Patch) -> None:
     """A read ends before its file is closed; what was never read is never opened."""
     key, calls = await world.source.resolve(AdapterRef(folder)), list[str]()
@@ -587,25 +527,6 @@ async def test_another_version_of_any_file_is_another_adapter(
         with pytest.raises(errors.IntegrityError, match=f"{name}.*again"):
             await use
     assert await world.source.resolve(AdapterRef(folder)) != key
-
-
-@pytest.mark.parametrize("late", [0.0, 0.003])
-@pytest.mark.parametrize("step", ["resolve", "open", "populate"])
-async def test_cancelled_anywhere(world: LocalWorld, folder: Path, step: str, late: float) -> None:
-    ref = AdapterRef(folder)
-    key = await world.source.resolve(ref)
-    asked = {"resolve": (ref,), "open": (key, FetchControl()), "populate": (key,)}[step]
-    call: Callable[..., Coroutine[Any, Any, Any]] = getattr(world.source, step)
-    ends = [await was_cancelled(call(*asked), at, late) for at in range(12)]
-    assert ends.count(True) >= 1
-    assert ends == sorted(ends, reverse=True)
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_not_there(world: LocalWorld, folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    for id in ("./one", folder):
-        refusal(world, id, errors.AdapterNotFoundError, name)
 
 
 CONTENT = weights(1, {"note": "x" * 3000})

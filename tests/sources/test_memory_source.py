@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from late_device import build
-from late_device.world import LATE, loaded
+from late_device.world import LATE
 from source_conformance import bring_all
 from source_inputs import CONFIG, cannot_read, groups_of, read, read_rows, rows_of, tensors
 
@@ -42,13 +42,6 @@ class World:
 
     async def take(self, seed: int = 1) -> AdapterKey:
         return await self.memory.take(tensors(seed), CONFIG, lambda: None)
-
-    def is_in_memory(self, key: AdapterKey) -> bool:
-        return key in self.copies.sizes
-
-    async def read_all(self, key: AdapterKey) -> dict[str, torch.Tensor]:
-        with closing((await self.source.open(key, FetchControl())).reader) as reader:
-            return safetensors.torch.load(read(reader, 0, reader.nbytes))
 
 
 @pytest.fixture
@@ -268,11 +261,6 @@ def test_a_tensor_that_cannot_be_read_is_named() -> None:
     with pytest.raises(errors.FetchError, match="'odd' could not be copied: of its own") as caught:
         steps(snapshot)
     assert isinstance(caught.value.__cause__, ValueError)
-
-
-@pytest.fixture
-def late() -> Iterator[None]:
-    yield from loaded()
 
 
 @pytest.mark.usefixtures("late")
