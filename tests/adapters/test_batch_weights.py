@@ -233,29 +233,6 @@ def test_groups_are_by_rank_and_have_each_adapters_address(prefill: bool) -> Non
     assert (batch.layer_name, batch.prefill_head_indices) == ("q_proj", None)
 
 
-def test_heads_make_segments_over_the_last_tokens() -> None:
-    for heads, of_rank_8, of_rank_16 in [
-        ([1, 3, 5, 7], ([0, 2], [1, 3]), ([1, 3], [2, 4])),
-        ([0, 1, 3, 5, 7], ([0, 3], [2, 4]), ([2, 4], [3, 5])),
-        ([1, 7], ([0, 1], [1, 1]), ([1, 1], [1, 2])),  # two segments have no such token
-        ([], ([0, 0], [0, 0]), ([0, 0], [0, 0])),
-    ]:
-        batch = load(of_ranks(8, 16), TOKENS, heads=heads)
-        assert segments(batch.rank_data[8]) == of_rank_8
-        assert segments(batch.rank_data[16]) == of_rank_16
-        assert batch.prefill_head_indices is not None
-
-
-def test_decoding_names_an_address_for_each_token() -> None:
-    for ranks, heads, expected in [
-        ([8, 8, 16], None, {8: (4, [0, 0, 1, 1, 0, 0, 1, 1, -1, -1]), 16: (1, [-1] * 8 + [0, 0])}),
-        ([8, 16, 8], [1, 3, 4], {8: (3, [0, -1, 0]), 16: (2, [-1, 0, -1])}),
-    ]:
-        batch = load(of_ranks(*ranks), [*TOKENS, 2, 2], prefill=False, heads=heads)
-        assert not batch.use_sgmv
-        assert {rank: places(group) for rank, group in batch.rank_data.items()} == expected
-
-
 @pytest.mark.parametrize(("rank", "by_segment"), [(128, False), (144, True)])
 def test_one_rank_above_128_puts_the_batch_into_segments(rank: int, by_segment: bool) -> None:
     weights = of_ranks(8, rank)

@@ -4,7 +4,6 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import device_groups as groups
@@ -14,7 +13,7 @@ from gated_device import GatedDevice
 
 from lorax_async.devices import cpu
 from lorax_async.devices.cpu import CpuDevice
-from lorax_async.devices.simulated import POISON, SimulatedDevice
+from lorax_async.devices.simulated import SimulatedDevice
 from lorax_async.errors import CapacityError
 from lorax_async.lifecycle.arena import Extent
 
@@ -109,30 +108,3 @@ def test_a_closed_arena_is_given_back(kind: Callable[..., groups.TabledDevice]) 
     assert address_space() - before > 0.9 * size, "a view is still held"
     del view
     assert address_space() - before < 0.1 * size + STACKS
-
-
-@pytest.mark.parametrize("waits", [True, False])
-def test_a_kernel_that_does_not_wait_reads_poison(waits: bool) -> None:
-    """Not the old bytes, which would do no harm, and not the new ones. It overtakes the copy."""
-    with closing(
-        SimulatedDevice(groups.LAYOUT, dtype="F32", nbytes=groups.ARENA, slots=groups.SLOTS)
-    ) as device:
-        device.open()
-        groups.move(device, groups.OLD, groups.extent(0), 0)
-        operands, seen = device.operands(0, 0), list[torch.Tensor]()
-        assert operands is not None
-        device.gate.clear()
-        ticket = groups.begin(device, groups.NEW, groups.extent(0), 0)
-        if waits:
-            device.wait_for(ticket)
-        kernel = device.compute.run(lambda: seen.append(operands[0].clone()))
-        if waits:
-            with pytest.raises(TimeoutError):
-                kernel.result(0.03)
-        else:
-            kernel.result(10)
-            assert not ticket.done()
-        device.gate.set()
-        kernel.result(10)
-        assert bool((seen[0].view(torch.uint8) == POISON).all()) != waits
-        assert torch.equal(seen[0], groups.NEW.weights[0][0]) == waits

@@ -73,18 +73,6 @@ class TestCasts:
         kind = f"<u{ITEM[target]}"
         assert (np.frombuffer(got, kind) == np.frombuffer(expected, kind))[~nan].all()
 
-    @pytest.mark.parametrize(("source", "target"), PAIRS)
-    def test_pad_columns_with_zeros(self, source: str, target: str) -> None:
-        whole = np.arange(1, 31, dtype="<f4")
-        content = b"odd" + rounded(whole, source)
-        move = ConvertMove(3, 30 * ITEM[source], source, 10, 3, target=128, row_pitch=8)
-        extent = converted(content, move, target)
-        padded = np.zeros((10, 8), "<f4")
-        padded[:, :3] = whole.reshape(10, 3)
-        expected = rounded(padded, target)
-        assert extent[128 : 128 + len(expected)] == expected
-        assert set(extent[:128] + extent[128 + len(expected) :]) == {POISON}
-
 
 async def waiting_in(staging: StagingRing, count: int) -> None:
     await until(lambda: f"{count} waiting" in repr(staging))

@@ -12,10 +12,8 @@ from lorax_async.errors import HandleClosedError
 from lorax_async.planning.batch_plan import (
     BASE_ONLY,
     NO_SLOT,
-    BatchPlan,
     SlotOccupant,
     SlotRef,
-    TokenSegments,
     plan_batch,
     plan_rows,
     require_current,
@@ -34,16 +32,6 @@ from lorax_async.scheduler.scheduler import urgency
 GENERATIONS_AND_RANKS = ((4, 16), (9, 8), (5, 16), (1, 64))
 TENANTS = {slot: SlotOccupant(*each) for slot, each in enumerate(GENERATIONS_AND_RANKS)}
 A, B, C = SlotRef(0, 4), SlotRef(1, 9), SlotRef(2, 5)
-
-
-def test_rows_are_ordered_by_rank_then_slot() -> None:
-    plan = plan_batch([C, NO_SLOT, A, B, A, NO_SLOT], [1, 2, 1, 20, 3, 1], TENANTS)
-    assert plan == BatchPlan(
-        order=(1, 5, 3, 2, 4, 0),
-        segments=TokenSegments((0, 3, 23, 27, 28), (-1, 1, 0, 2)),
-        tiles=((0, 0, 3), (1, 3, 19), (1, 19, 23), (2, 23, 27), (3, 27, 28)),
-        groups=((0, 0, 1), (8, 1, 2), (16, 2, 4)),
-    )
 
 
 def test_a_stale_row_is_refused() -> None:

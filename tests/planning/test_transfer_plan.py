@@ -399,16 +399,6 @@ def test_modules_that_the_config_leaves_out_are_refused(
             plan(file, spec, LAYOUT)
 
 
-def test_all_linear_leaves_out_embeddings_and_the_head() -> None:
-    spec = replace(SPEC, targets="ALL-linear")
-    head = pair("lm_head", 8, 9)
-    assert plan(file_of(GOOD), spec, LAYOUT).groups
-    with pytest.raises(AdapterFormatError, match=f"2 of the 3 modules .* {EMBED} .*lm_head"):
-        plan(file_of([*GOOD, *TOKENS, *head]), spec, LAYOUT)
-    named = replace(SPEC, targets=("q", "lm_head", EMBED))
-    assert len(plan(file_of([*GOOD, *TOKENS, *head]), named, LAYOUT).groups) == 3
-
-
 def test_modules_are_judged_by_the_adapters_own_spelling() -> None:
     """An adapter of the backbone alone was trained under names without "model."."""
     spec = replace(SPEC, targets=r"layers\.0\.q")
