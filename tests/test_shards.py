@@ -1,8 +1,6 @@
 """A sharded loader: what a rank holds, reads, computes with the others, and refuses."""
 
 import threading
-from collections.abc import Callable
-from contextlib import AsyncExitStack
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +8,8 @@ from typing import Any
 import pytest
 import sharded_base as sharded
 import tiny
-import torch
-from late_device.world import loaded
 from peft_adapters import llama
 from tiny_loaders import fails
-from torch import Tensor
 
 from lorax_async import AdapterLoader, LoaderConfig, Shard, layouts
 from lorax_async.devices.base import Device
@@ -25,11 +20,9 @@ from lorax_async.planning.sharding import shard_layout
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.sources.base import Source
 from lorax_async.testing import FakeSource
-from lorax_kernels import Plan, apply
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-late = pytest.fixture(loaded)
 WORLDS = [1, 2, 4, 8]
 MiB = 1 << 20
 
@@ -44,28 +37,6 @@ def loader(
     plain: dict[str, Any] = {"device_bytes": MiB, "max_slots": 2, "io_threads": 2, "timeout": 20}
     config = LoaderConfig(shard=shard, **plain | settings)
     return AdapterLoader(sharded.layout(), config, source=source, device=on)
-
-
-@pytest.mark.parametrize("world", [1, 2, 8])
-async def test_a_rank_reads_its_bytes_of_a_folder_that_all_ranks_share(
-    world: int, tmp_path: Path
-) -> None:
-    """As the kernel counts them: beside these, the config, and the file's first 128 KiB."""
-    folder = sharded.write(tmp_path / "a", rank=256)
-    size = (folder / "adapter_model.safetensors").stat().st_size
-    for shard in ranks(world):
-        async with loader(shard, device_bytes=4 * MiB) as there:
-            before = bytes_read()
-            async with await there.load(folder) as handle:
-                read = bytes_read() - before
-                held = sum(module.a.nbytes + module.b.nbytes for module in handle.modules.values())
-            assert held <= read <= held + (128 << 10) + 4096
-            assert (held < 0.75 * size) == (world > 1)
-
-
-def bytes_read() -> int:
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(lines[0].removeprefix("rchar: "))
 
 
 @pytest.mark.parametrize("rank", [3, 8])
@@ -135,72 +106,6 @@ async def test_a_plan_with_many_moves_is_made_once_and_off_the_loop(
         for seed, name in enumerate("ab"):
             (await there.load(sharded.write(tmp_path / name, seed=seed))).release()
     assert [name[: len(thread)] for name in threads] == [thread]
-
-
-# A module's outputs on each rank, of its inputs on each.
-Linear = Callable[[str, list[Tensor]], list[Tensor]]
-
-
-def attention(qkv: Tensor, heads: int, groups: int) -> Tensor:
-    """Of one sequence without a mask; q heads share those of k and v in order."""
-    dim = sharded.HEAD_DIM
-    q, k, v = (
-        part.view(len(qkv), -1, dim).transpose(0, 1)
-        for part in qkv.tensor_split([heads * dim, (heads + groups) * dim], dim=1)
-    )
-    k, v = (part.repeat_interleave(heads // groups, 0) for part in (k, v))
-    mixed: Tensor = (q @ k.transpose(1, 2) / dim**0.5).softmax(-1) @ v
-    return mixed.transpose(0, 1).reshape(len(qkv), -1)
-
-
-def forward(linear: Linear, x: Tensor, world: int) -> Tensor:
-    """A model of which each rank has some heads and rows, and whose sums are of all ranks."""
-    heads, groups = sharded.HEADS // world, max(1, sharded.GROUPS // world)
-    for layer in range(sharded.LAYERS):
-        path = f"model.layers.{layer}"
-        qkv = linear(f"{path}.self_attn.qkv_proj", [x] * world)
-        mixed = [attention(each, heads, groups) for each in qkv]
-        x = x + torch.stack(linear(f"{path}.self_attn.o_proj", mixed)).sum(0)
-        gate = linear(f"{path}.mlp.gate", [x] * world)[0].mean(1, keepdim=True).sigmoid()
-        up = [each.relu() for each in linear(f"{path}.mlp.up_proj", [x] * world)]
-        x = x + gate * torch.stack(linear(f"{path}.mlp.down_proj", up)).sum(0)
-    return x
-
-
-@pytest.mark.parametrize("world", [2, 4])
-async def test_the_ranks_compute_what_the_whole_model_does(world: int, tmp_path: Path) -> None:
-    """In float32 against float64. On four ranks two share each of the two heads of k and v."""
-    random = torch.Generator().manual_seed(7)
-    base = {
-        module.name: torch.randn(module.out_features, module.in_features, generator=random) * 0.1
-        for module in sharded.layout().modules
-    }
-    x = torch.randn(5, sharded.HIDDEN, generator=random)
-    folder = sharded.write(tmp_path / "a", rank=3)
-    pairs = sharded.share_of(folder, Shard(0, 1))
-
-    def whole(name: str, inputs: list[Tensor]) -> list[Tensor]:
-        a, b = (each.double() for each in pairs[name])
-        return [each @ (base[name].double() + 2 * b @ a).T for each in inputs]
-
-    async with AsyncExitStack() as stack:
-        loaders = [await stack.enter_async_context(loader(each)) for each in ranks(world)]
-        handles = [await stack.enter_async_context(await each.load(folder)) for each in loaders]
-
-        def shares(name: str, inputs: list[Tensor]) -> list[Tensor]:
-            found = []
-            for there, handle, each, shard in zip(
-                loaders, handles, inputs, ranks(world), strict=True
-            ):
-                rows, columns = sharded.rows_of(name, shard), sharded.columns_of(name, shard)
-                y = each @ base[name][rows][:, columns].T
-                plan, tables = Plan.from_segments([0, len(y)], [handle.slot.index]), there.tables
-                apply(y, each.contiguous(), plan, there.held_layout.index(name), tables)
-                found.append(y)
-            return found
-
-        found, wanted = forward(shares, x, world), forward(whole, x.double(), 1)
-    assert (found.double() - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 def test_a_shard_is_a_value_and_cannot_be_wrong() -> None:

@@ -2,8 +2,6 @@
 
 import asyncio
 import gc
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,7 @@ import transformers
 from event_loops import until
 from late_device.world import LATE, bytes_now, loaded, new_stream
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from peft_adapters import adapted, llama, logits_of, logits_with, pefts, prompt, save, serving
-from safetensors.torch import load_file, save_file
 from tiny import assert_same, weights_of
 from torch import nn
 
@@ -28,7 +24,7 @@ from lorax_async import layouts
 from lorax_async.config import LoaderConfig, Shard
 from lorax_async.engines.batch import AdaptedModule, DoraFactors
 from lorax_async.engines.transformers import attach
-from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, UsageError
+from lorax_async.errors import UnsupportedAdapterError, UsageError
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import Module, Parallelism
 from lorax_async.testing import FakeSource
@@ -88,56 +84,6 @@ def test_logits_are_pefts(make: Callable[[], Any], lora: dict[str, Any], tmp_pat
     expected = pefts(model, adapter, inputs)
     assert (expected - logits_of(model, inputs)).abs().max() > 1e-3
     assert torch.equal(asyncio.run(logits_with(model, adapter, inputs)), expected)
-
-
-NARROWED: dict[str, tuple[dict[str, Any], int]] = {
-    "list": ({"target_modules": ["q_proj", "v_proj"]}, 4),
-    "regex": ({"target_modules": r".*\.1\.self_attn\.[qk]_proj"}, 2),
-    "excluded": ({"exclude_modules": ["up_proj", "model.layers.0.self_attn.q_proj"]}, 11),
-    "excluded regex": ({"exclude_modules": r".*\.1\..*"}, 7),
-    "layers": ({"layers_to_transform": [1]}, 7),
-    "layers pattern": ({"layers_to_transform": 0, "layers_pattern": "layers"}, 7),
-    "head": ({"target_modules": "all-linear"}, 14),
-    "none": ({"layers_to_transform": [2]}, 0),
-}
-EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@pytest.mark.filterwarnings("ignore:Found .* keys in the checkpoint:UserWarning")
-@pytest.mark.parametrize("name", NARROWED)
-async def test_a_file_of_which_peft_would_leave_out_a_part_is_refused(
-    name: str, tmp_path: Path
-) -> None:
-    """Without the tensors that PEFT leaves out, it is applied as PEFT applies the whole file."""
-    fields, count = NARROWED[name]
-    model = llama()
-    targets = [*EVERY, "lm_head"] if name == "head" else EVERY
-    folder = save(model, {"r": 4, "target_modules": targets}, tmp_path / "adapter")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
-    with pytest.raises(AdapterFormatError) as caught:
-        await logits_with(model, folder, prompt(2))
-    assert f"leaves out {len(targets) * 2 - (name == 'head') - count} of the" in str(caught.value)
-    if not count:
-        with pytest.raises(ValueError, match="not found in the base model"):
-            pefts(llama(), folder, prompt(2))
-        return
-    less, expected = take_out_what_peft_ignores(folder, tmp_path / "less")
-    assert len(load_file(less / WEIGHTS)) == 2 * count
-    assert torch.equal(await logits_with(model, less, prompt(2)), expected)
-
-
-def take_out_what_peft_ignores(folder: Path, less: Path) -> tuple[Path, torch.Tensor]:
-    """Copy an adapter without the tensors that PEFT ignores; return PEFT's logits too."""
-    with variants.active(llama(), only=folder) as theirs:
-        expected = logits_of(theirs, prompt(2))
-        layers = {name for name, each in theirs.named_modules() if isinstance(each, LoraLayer)}
-    tensors = load_file(folder / WEIGHTS)
-    less.mkdir()
-    shutil.copy(folder / "adapter_config.json", less)
-    kept = {name: each for name, each in tensors.items() if name.partition(".lora_")[0] in layers}
-    save_file(kept, less / WEIGHTS)
-    return less, expected
 
 
 async def test_positions_of_one_row_are_pefts_and_of_more_are_refused(tmp_path: Path) -> None:
@@ -338,33 +284,6 @@ async def test_dora_on_packed_weights_is_refused_and_lora_is_not(pack: Any, tmp_
         await logits_with(model, dora, prompt(1))
 
 
-MAGNITUDE = "base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector"
-
-
-@pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("device", ["cpu", "simulated"])
-@pytest.mark.parametrize(
-    ("how", "text"),
-    [
-        *[("nan", "'model.*1.mlp.down_proj' has NaN or infinite"), ("cut", "bytes")],
-        ("gone", "use_dora is set, and module 'model.layers.1.mlp.down_proj' has no magn"),
-    ],
-)
-async def test_refused_loads(device: str, how: str, text: str, small: Any, tmp_path: Path) -> None:
-    adapter = save(llama(), DORA, tmp_path / "adapter")
-    made, file = load_file(adapter / WEIGHTS), adapter / WEIGHTS
-    made[MAGNITUDE][3] = torch.nan
-    if how == "gone":
-        del made[MAGNITUDE]
-    if how == "cut":
-        file.write_bytes(file.read_bytes()[:-40])
-    else:
-        save_file(made, file)
-    async with serving(small, device=device, check_finite=True) as (loader, _):
-        with pytest.raises(AdapterFormatError, match=text):
-            await loader.load(adapter)
-
-
 async def test_a_file_with_the_bases_embedding_is_refused_with_the_remedy(tmp_path: Path) -> None:
     model = llama()
     warned = pytest.warns(UserWarning, match="save_embedding_layers")
@@ -407,25 +326,3 @@ async def test_it_answers_as_the_live_model_and_as_its_file(tmp_path: Path, name
             async with loader, await pushed as handle, await loader.load(tmp_path) as twin:
                 assert_same(weights_of(handle), weights_of(twin))
                 assert handle.nbytes == twin.nbytes
-
-
-async def test_each_step_of_training_is_adapted() -> None:
-    model, inputs = llama(), prompt(2)
-    base = logits_of(model, inputs)
-    with variants.wrapped(llama(), variants.VARIANTS["every_linear"].lora, seed=5) as live:
-        config = live.peft_config["default"]
-        weights = [p for p in live.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(weights, lr=0.3)
-        async with serving(model, max_slots=2) as (loader, attached):
-            for _ in range(4):
-                optimizer.zero_grad()
-                live(**inputs, labels=inputs["input_ids"]).loss.backward()
-                optimizer.step()
-                given = get_peft_model_state_dict(live)
-                async with await loader.replace("policy", given, config) as handle:
-                    with attached.batch([handle, None]):
-                        logits = await asyncio.to_thread(logits_of, model, inputs)
-                expected = logits_of(live, inputs)
-                torch.testing.assert_close(logits[0], expected[0], atol=2e-5, rtol=2e-5)
-                torch.testing.assert_close(logits[1], base[1], atol=2e-5, rtol=2e-5)
-            assert len(loader.placement().adapters) == 1

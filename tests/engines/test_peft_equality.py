@@ -5,7 +5,7 @@ another order. Merging is no oracle where the head is tied to the embedding.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -14,15 +14,10 @@ from typing import Any, TypeVar
 import peft_adapters as variants
 import pytest
 import torch
-from late_device.world import loaded
 from peft_adapters import ATTENTION, EVERY, VARIANTS, Variant, active, logits_of, serving
 from safetensors.torch import load_file
 
-from lorax_async import layouts
-from lorax_async.config import LoaderConfig
-from lorax_async.devices.cuda import CudaDevice
 from lorax_async.devices.simulated import SimulatedDevice
-from lorax_async.loader import AdapterLoader
 
 pytestmark = [pytest.mark.filterwarnings(variants.FEATURE_WARNINGS)]
 
@@ -159,52 +154,3 @@ async def test_generation_is_pefts(name: str, model: Any, theirs: Any, folder: F
     assert await answer(model, [folder(name)] * 2, partial(tokens, model)) == expected
     mixed = await answer(model, [folder(name), None], partial(tokens, model))
     assert mixed == [expected[0], base[1]]
-
-
-@pytest.fixture(scope="module")
-def late() -> Iterator[None]:
-    """The code of `CudaDevice` on host memory that is written late."""
-    yield from loaded()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["cpu", "simulated", "late"])
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        *[("padded_dora", "bfloat16"), ("padded_bias", "float32"), ("embedding", "float32")],
-        *[("plain", "float32"), ("rank_12", "bfloat16"), ("rank_20", "float16")],
-    ],
-)
-async def test_a_handles_weights_are_the_files(
-    kind: str, name: str, dtype: str, model: Any, folder: FolderOf, request: pytest.FixtureRequest
-) -> None:
-    layout, device = layouts.from_module(model), None
-    settings: dict[str, Any] = {"dtype": dtype, "device_bytes": 1 << 26, "timeout": 60.0}
-    if kind == "late":
-        request.getfixturevalue("late")
-        stored = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}[dtype]
-        device = CudaDevice(layout, dtype=stored, nbytes=1 << 26, slots=4, device="late")
-    else:
-        settings["device"] = kind
-    loader = AdapterLoader(layout, LoaderConfig(**settings), device=device)
-    async with loader, loader.stream(folder(name)) as handle:
-        saved = load_file(folder(name) / "adapter_model.safetensors")
-        paths = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in saved}
-        assert set(handle.modules) == paths
-        for layer in handle.layers:
-            await handle.layer_ready(layer)
-            here = {module.name: module for module in layout.modules if module.layer == layer}
-            for path in here.keys() & set(handle.modules):
-                weights = handle.modules[path]
-                kind = "lora_embedding_{}" if here[path].embedding else "lora_{}.weight"
-                parts = {kind.format("A"): weights.a, kind.format("B"): weights.b}
-                vectors = {"lora_B.bias": weights.bias, "lora_magnitude_vector": weights.magnitude}
-                for end, ours in (parts | vectors).items():
-                    expected: Any = saved.get(f"base_model.model.{path}.{end}")
-                    assert (ours is None) == (expected is None)
-                    if end in parts:
-                        expected = expected.to(weights.a.dtype)
-                    assert ours is None or torch.equal(ours.cpu(), expected)
-        assert (handle.vectors is None) == (not name.startswith("padded"))
-        assert name != "embedding" or handle.layers == (-1,)

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -192,25 +191,6 @@ def test_a_second_process_waits_and_nothing_of_a_killed_one_is_used(tmp_path: Pa
     assert output.split() == ["whole"]  # it did not convert: it never said "half"
     assert (contents(folder), leftovers(folder)) == (WHOLE, [])
     assert (first.returncode, second.returncode) == (0, 0)
-
-
-@pytest.mark.slow
-def test_the_real_base_answers_from_its_own_folder() -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    lines, base = list[str](), prepare_base()
-    before = (base / "model.safetensors").stat()
-    assert prepare_base(progress=lines.append) == base
-    assert (base / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
-    assert lines == []
-    tokenizer: Any = AutoTokenizer.from_pretrained(base)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, return_tensors="pt")
-    out = model.generate(**ids, max_new_tokens=12, do_sample=False)
-    answer = tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
-    assert answer == "The capital of France is Paris.<|im_end|>"
 
 
 @pytest.mark.slow

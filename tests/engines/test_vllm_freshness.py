@@ -156,16 +156,6 @@ async def test_a_request_that_is_tokenized_while_its_adapter_changes_is_answered
         assert (await late).json["weights"] == [new]
 
 
-async def test_a_branch_that_moved_is_served_where_it_is_now(tmp_path: Path) -> None:
-    with HubStandIn() as hub:
-        old = put(hub, tmp_path, 1)
-        given, changed = of_hub(tmp_path, hub)
-        async with running(given, Engine(Lora()), **changed) as (server, _):
-            assert (await server.ask(REPO)).json["weights"] == [old]
-            new = put(hub, tmp_path, 2)
-            assert (await server.ask(REPO)).json["weights"] == [new]
-
-
 async def test_a_request_does_not_take_what_another_one_asked_for_before_it_began(
     tmp_path: Path,
 ) -> None:
