@@ -16,6 +16,7 @@ from event_loops import until
 from late_device.world import LATE, bytes_now, loaded, new_stream
 from peft import LoraConfig, get_peft_model_state_dict
 from peft_adapters import adapted, llama, logits_of, logits_with, pefts, prompt, save, serving
+from safetensors.torch import load_file, save_file
 from tiny import assert_same, weights_of
 from torch import nn
 
@@ -24,7 +25,7 @@ from lorax_async import layouts
 from lorax_async.config import LoaderConfig, Shard
 from lorax_async.engines.batch import AdaptedModule, DoraFactors
 from lorax_async.engines.transformers import attach
-from lorax_async.errors import UnsupportedAdapterError, UsageError
+from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, UsageError
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import Module, Parallelism
 from lorax_async.testing import FakeSource
@@ -282,6 +283,23 @@ async def test_dora_on_packed_weights_is_refused_and_lora_is_not(pack: Any, tmp_
     assert (await logits_with(model, plain, prompt(1))).isfinite().all()
     with pytest.raises(UsageError, match=r"'model.layers.1.mlp.down_proj' is a .*plain weights"):
         await logits_with(model, dora, prompt(1))
+
+
+MAGNITUDE = "base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector"
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+async def test_a_load_of_magnitudes_that_are_no_numbers_is_refused(
+    device: str, small: Any, tmp_path: Path
+) -> None:
+    adapter = save(llama(), DORA, tmp_path / "adapter")
+    made = load_file(adapter / WEIGHTS)
+    made[MAGNITUDE][3] = torch.nan
+    save_file(made, adapter / WEIGHTS)
+    async with serving(small, device=device, check_finite=True) as (loader, _):
+        with pytest.raises(AdapterFormatError, match="'model.*1.mlp.down_proj' has NaN or infin"):
+            await loader.load(adapter)
 
 
 async def test_a_file_with_the_bases_embedding_is_refused_with_the_remedy(tmp_path: Path) -> None:
