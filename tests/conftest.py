@@ -83,6 +83,14 @@ def nothing_left() -> Iterator[None]:
 
 
 @pytest.fixture
+def late() -> Iterator[None]:
+    """The device "late", whose streams run later than they were asked to."""
+    from late_device.world import loaded  # (slow)
+
+    yield from loaded()
+
+
+@pytest.fixture
 def no_socket_left() -> Iterator[None]:
     """Fails the test if it leaves a socket open."""
     before = open_sockets()

@@ -15,7 +15,6 @@ import small_base as base
 import torch
 from event_loops import Run, until
 from late_device.world import LATE
-from late_device.world import loaded as late_device
 from leaks import open_files
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -274,11 +273,6 @@ async def test_a_call_cancelled_at_once_reads_nothing(folder: Path, monkeypatch:
         busy.set()
         await loop.shutdown_default_executor()
     assert seen == []
-
-
-@pytest.fixture(scope="module")
-def late() -> Iterator[None]:
-    yield from late_device()
 
 
 class OnDevice(LayoutModel):

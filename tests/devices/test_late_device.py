@@ -1,20 +1,13 @@
 """The late device keeps what others' tests rely on: work that runs late, in the order of streams."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from late_device import build
 from late_device.build import POISON
-from late_device.world import LATE, bytes_now, loaded, new_stream
+from late_device.world import LATE, bytes_now, new_stream
 
 SIZE = 1000
 pytestmark = pytest.mark.usefixtures("late")
-
-
-@pytest.fixture
-def late() -> Iterator[None]:
-    yield from loaded()
 
 
 def pinned(value: int) -> torch.Tensor:

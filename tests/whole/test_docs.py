@@ -2,7 +2,6 @@
 
 import ast
 import asyncio
-import hashlib
 import inspect
 import json
 import os
@@ -19,12 +18,11 @@ from functools import partial
 from pathlib import Path
 from runpy import run_path
 from typing import Any, NamedTuple, Self
-from urllib.parse import urlencode
 
 import pytest
 import safetensors.torch
-import torch
 from fault_server import until as until_in_thread
+from httpx2 import ASGITransport, AsyncClient
 from hub_stand_in import HubStandIn
 from peft_adapters import PEFT_WARNING, save
 from server_world import llama_config, tokenizer
@@ -33,10 +31,9 @@ from user_loads import at, contents
 from web_servers import free_port
 
 import lorax_async
-from lorax_async import AdapterLoader, AdapterScheduler, Batch, LoaderConfig, Request, layouts
+from lorax_async import AdapterLoader, AdapterScheduler, LoaderConfig, layouts
 from lorax_async.cli import main
 from lorax_async.cli.serve import serve_commands
-from lorax_async.engines.transformers import attach
 from lorax_async.server.service import ServedModel
 
 pytestmark = pytest.mark.filterwarnings(PEFT_WARNING)
@@ -200,28 +197,6 @@ def test_an_example_runs(name: str, capsys: Capture, tmp_path: Path, monkeypatch
     assert re.fullmatch("\n".join(PRINTED[name]) + "\n", capsys.readouterr().out)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_socket_left", "nothing_left")
-def test_layers_come_in_order_over_a_slow_link(tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    example = run_path(str(ROOT / "examples" / "slow_link.py"))
-    arrivals, nbytes = example["run"](), 0
-    assert [arrival.name for arrival in arrivals] == ["pirate", "shout", "json"]
-    for name, times, checked in arrivals:
-        assert len(times) == (15 if name == "json" else 30)
-        assert times == sorted(times)
-        weights = (ROOT / "examples/adapters" / name / "adapter_model.safetensors").read_bytes()
-        nbytes += len(weights)
-        assert (checked.kind, checked.digest) == ("sha256", hashlib.sha256(weights).hexdigest())
-        drawn = example["draw"](times, 2 * times[-1])
-        assert len(drawn) == example["COLUMNS"]
-        assert drawn.lstrip("·") == "".join(sorted(drawn.lstrip("·"))), "layers stay"
-        assert drawn.endswith("█")
-    # A link lets nothing through faster than its rate.
-    assert max(times[-1] for _, times, _ in arrivals) > nbytes / example["RATE"]
-    assert not list(tmp_path.iterdir()), "the cache is gone"
-
-
 @pytest.mark.parametrize(
     ("page", "example"),
     [("engine", "own_engine"), ("fastapi", "embed_fastapi"), ("training", "training_loop")],
@@ -283,17 +258,11 @@ def test_the_programs_of_a_fleet_compile() -> None:
 
 @pytest.mark.usefixtures("nothing_left", "clone")
 def test_the_programs_about_batches_run(session: Opening, tmp_path: Path) -> None:
-    """One request with `serve`, and one whose batch is computed layer by layer."""
+    """One request with `serve`; the layer by layer ones are in tests/engines/test_layer_gate.py."""
     page = session(DOCS / "scheduler.md")
     page.play_all()
     model: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
     folder = save(model, {"r": 4, "target_modules": ["q_proj"]}, tmp_path / "adapter")
-    passes: list[int] = []
-
-    def forward(batch: Batch) -> None:
-        passes.append(
-            len(model(torch.ones(len(batch.rows), batch.rows[0].tokens, dtype=torch.int64)).logits)
-        )
 
     async def play() -> None:
         layout, config = layouts.from_module(model), LoaderConfig(max_slots=2, device_bytes="8MiB")
@@ -301,11 +270,6 @@ def test_the_programs_about_batches_run(session: Opening, tmp_path: Path) -> Non
             serving = asyncio.create_task(page.names["serve"](scheduler, lambda _: set()))
             assert await page.names["answer"](scheduler, folder, 7) == 32
             serving.cancel()
-            with attach(model, loader) as attached:
-                ticket = scheduler.submit(Request(folder, 7, 1))
-                batch = await scheduler.next_batch(64, 4)
-                await page.names["compute_streaming"](scheduler, attached, batch, forward)
-                assert await ticket == len(passes) == 1
 
     page.run(play())
 
@@ -519,45 +483,30 @@ def test_every_command_and_option_that_is_named_is_one(capsys: Capture) -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) <= options
 
 
-async def get(app: Any, path: str, **query: str) -> tuple[int, dict[str, str], Any]:
-    """One GET by the ASGI protocol; returns status, headers and the JSON body."""
-    scope = {"type": "http", "method": "GET", "path": path, "headers": []}
-    sent: list[Any] = []
-
-    async def receive() -> dict[str, object]:
-        return {"type": "http.request"}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    await app(scope | {"query_string": urlencode(query).encode()}, receive, send)
-    headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-    body = b"".join(message.get("body", b"") for message in sent[1:])
-    return sent[0]["status"], headers, json.loads(body)
-
-
 @pytest.mark.slow
 def test_a_server_embeds_the_loader() -> None:
     app = run_path(str(ROOT / "examples" / "embed_fastapi.py"))["smollm2_with_examples"]()
 
-    async def ask(adapter: str) -> tuple[int, dict[str, str], Any]:
-        return await get(app, "/answer", adapter=adapter, prompt="What is ice?")
-
     async def main() -> None:
-        async with app.router.lifespan_context(app):
+        transport = ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            AsyncClient(transport=transport, base_url="http://x", trust_env=False) as client,
+        ):
             names = ("pirate", "shout", "absent", "../../.git", "\x00")
-            asked = await asyncio.gather(*map(ask, names))
+            queries = ({"adapter": name, "prompt": "What is ice?"} for name in names)
+            gets = (client.get("/answer", params=query, timeout=None) for query in queries)
+            pirate, shout, *refused = await asyncio.gather(*gets)
             leases = [place.leases for place in app.state.loader.placement().adapters.values()]
-        (pirate, shout), refused = asked[:2], asked[2:]
-        assert pirate[0] == shout[0] == 200
-        assert pirate[2]["answer"].startswith("Arr")
-        assert shout[2]["answer"].isupper()
-        assert [(status, body["error"]) for status, _, body in refused] == [
+        assert pirate.status_code == shout.status_code == 200
+        assert pirate.json()["answer"].startswith("Arr")
+        assert shout.json()["answer"].isupper()
+        assert [(each.status_code, each.json()["error"]) for each in refused] == [
             (404, "AdapterNotFoundError"),
             (403, "AccessDeniedError"),
             (400, "InvalidAdapterIdError"),
         ]
-        assert not any("retry-after" in headers for _, headers, _ in refused)
+        assert not any("retry-after" in each.headers for each in refused)
         assert leases == [0, 0]
 
     asyncio.run(main())

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import tiny
 from event_loops import until
-from late_device.world import loaded
 from tiny_loaders import ONE, fails
 from tiny_sources import is_resident, stocked
 
@@ -31,7 +30,6 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 RANK = 8  # No device pads it
 BYTES = 2 * 2 * ONE  # Room for two adapters of rank 8
-late = pytest.fixture(loaded)
 SIZES: dict[str, Any] = {"dtype": "F32", "nbytes": BYTES, "slots": 2}
 CPU = partial(CpuDevice, **SIZES)
 SIMULATED = partial(SimulatedDevice, **SIZES)

@@ -15,9 +15,9 @@ HIDDEN = 32
 TARGETS = ("self_attn.q_proj", "mlp.up_proj")
 
 
-def layout(dtype: str = "F32", *, layers: int = LAYERS) -> ModelLayout:
+def layout(dtype: str = "F32", *, layers: int = LAYERS, hidden: int = HIDDEN) -> ModelLayout:
     modules = tuple(
-        Module(f"model.layers.{layer}.{target}", HIDDEN, 2 * HIDDEN, layer, Parallelism.COLUMN)
+        Module(f"model.layers.{layer}.{target}", hidden, 2 * hidden, layer, Parallelism.COLUMN)
         for layer in range(layers)
         for target in TARGETS
     )
@@ -25,15 +25,20 @@ def layout(dtype: str = "F32", *, layers: int = LAYERS) -> ModelLayout:
 
 
 def tensors(
-    seed: int, rank: int = 4, dtype: torch.dtype = torch.float32, *, layers: int = LAYERS
+    seed: int,
+    rank: int = 4,
+    dtype: torch.dtype = torch.float32,
+    *,
+    layers: int = LAYERS,
+    hidden: int = HIDDEN,
 ) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(seed)
     made = {}
     for layer in range(layers):
         for target in TARGETS:
             name = f"base_model.model.model.layers.{layer}.{target}"
-            a = torch.randn(rank, HIDDEN, generator=random)
-            b = torch.randn(2 * HIDDEN, rank, generator=random)
+            a = torch.randn(rank, hidden, generator=random)
+            b = torch.randn(2 * hidden, rank, generator=random)
             made[f"{name}.lora_A.weight"] = a.to(dtype)
             made[f"{name}.lora_B.weight"] = b.to(dtype)
     return made
@@ -52,13 +57,14 @@ def write(
     dtype: torch.dtype = torch.float32,
     *,
     layers: int = LAYERS,
+    hidden: int = HIDDEN,
     **changes: object,
 ) -> Path:
     """Write an adapter folder with random weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config(rank, **changes)))
     weights = folder / "adapter_model.safetensors"
-    save_file(tensors(seed, rank, dtype, layers=layers), weights)
+    save_file(tensors(seed, rank, dtype, layers=layers, hidden=hidden), weights)
     return folder
 
 

@@ -1,17 +1,14 @@
 """Loads by the public API: an `AdapterLoader`, its `LoaderConfig`, and ids."""
 
 import asyncio
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tiny
-import torch
-from safetensors.torch import save_file
 
 from lorax_async import AdapterHandle, AdapterLoader, Allow, LoaderConfig
-from lorax_async.planning.layout import ModelLayout, Module, Parallelism
+from lorax_async.planning.layout import ModelLayout
 from lorax_async.types import AdapterRef, RemoteKey
 
 HIDDEN = 96
@@ -21,26 +18,12 @@ RANK = 256
 
 
 def layout(layers: int) -> ModelLayout:
-    modules = tuple(
-        Module(f"model.layers.{layer}.{target}", HIDDEN, 2 * HIDDEN, layer, Parallelism.COLUMN)
-        for layer in range(layers)
-        for target in tiny.TARGETS
-    )
-    return ModelLayout(modules, layers, "F32", "model.")
+    return tiny.layout(layers=layers, hidden=HIDDEN)
 
 
 def written(folder: Path, seed: int = 0, *, layers: int = LAYERS, rank: int = RANK) -> Path:
     """Write an adapter for this model, with random weights."""
-    random = torch.Generator().manual_seed(seed)
-    folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text(json.dumps(tiny.config(rank)))
-    saved = {}
-    for module in layout(layers).modules:
-        name = f"base_model.model.{module.name}"
-        saved[f"{name}.lora_A.weight"] = torch.randn(rank, HIDDEN, generator=random)
-        saved[f"{name}.lora_B.weight"] = torch.randn(2 * HIDDEN, rank, generator=random)
-    save_file(saved, folder / "adapter_model.safetensors")
-    return folder
+    return tiny.write(folder, seed, rank, layers=layers, hidden=HIDDEN)
 
 
 def loader(folder: Path, *, layers: int = LAYERS, **settings: object) -> AdapterLoader:

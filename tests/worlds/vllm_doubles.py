@@ -2,12 +2,11 @@
 
 import asyncio
 import hashlib
-import json
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import pytest
 import torch
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
+from httpx2 import ASGITransport, AsyncClient
 from pydantic import BaseModel
 
 from lorax_async import AdapterStore, StoreConfig
@@ -220,8 +220,8 @@ async def validate_json_request(raw_request: Request) -> None: ...
 @dataclass
 class Reply:
     status: int
-    headers: dict[str, str] = field(default_factory=dict)
-    json: Any = None
+    headers: dict[str, str]
+    json: Any
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,25 +285,12 @@ class Server:
         return JSONResponse({"weights": sorted(used), "number": number, "path": path})
 
     async def post(self, path: str, **body: Any) -> Reply:
-        messages = [{"type": "http.request", "body": json.dumps(body).encode()}]
-        scope = {"type": "http", "method": "POST", "path": path, "query_string": b""}
-        scope["headers"] = [(b"content-type", b"application/json")]
-        reply, sent = Reply(0), b""
-
-        async def receive() -> Any:
-            return messages.pop() if messages else await asyncio.Event().wait()
-
-        async def send(message: Any) -> None:
-            nonlocal sent
-            if message["type"] == "http.response.start":
-                reply.status = message["status"]
-                reply.headers = {name.decode(): each.decode() for name, each in message["headers"]}
-            sent += message.get("body", b"")
-
-        await self.app(scope, receive, send)
-        text = reply.headers["content-type"] == "application/json"
-        reply.json = json.loads(sent) if text else sent.decode()
-        return reply
+        app = ASGITransport(self.app)
+        async with AsyncClient(transport=app, base_url="http://vllm", trust_env=False) as client:
+            answer = await client.post(path, json=body, timeout=None)
+        is_json = answer.headers["content-type"] == "application/json"
+        content = answer.json() if is_json else answer.text
+        return Reply(answer.status_code, dict(answer.headers), content)
 
     async def ask(self, name: str) -> Reply:
         return await self.post("/v1/completions", model=name)
