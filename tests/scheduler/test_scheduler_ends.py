@@ -12,7 +12,7 @@ import pytest
 from cancellation_sweep import stepwise
 from scheduler_world import MANY, VirtualClock, finish, held, opened, rows, step, turns, warm
 from tiny_loaders import fails
-from tiny_sources import over, simulated, stocked
+from tiny_sources import over, stocked
 
 from lorax_async import AdapterLoader, AdapterRef, AdapterScheduler, Batch, Request, Ticket, errors
 
@@ -122,17 +122,6 @@ async def test_bytes_that_turn_out_to_be_false(tmp_path: Path) -> None:
         source.allow_verification("a")
         await fails(asyncio.wait_for(ticket, 5), errors.IntegrityError, "others than promised")
         assert ticket.generated == 2
-
-
-async def test_a_failing_copy_fails_its_request_and_no_other(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path, "a", "b"), {"device": "simulated"}) as (loader, scheduler):
-        simulated(loader).failing.add(1)
-        bad = scheduler.submit(Request("a", 1, 1))
-        error = await fails(asyncio.wait_for(bad, 5), errors.TransferError, "told to fail")
-        assert error.id == "a"
-        again = [scheduler.submit(Request(id, 1, 1)) for id in "ab"]
-        await finish(scheduler, *again)
-        assert [await each for each in again] == [1, 1]
 
 
 async def test_the_engine_may_say_that_a_row_failed(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 }
 
 
-async def until(condition: Callable[[], object]) -> None:
-    """Wait until the condition is true; fail after some seconds."""
-    for _ in range(5000):
+async def until(condition: Callable[[], object], seconds: int = 5) -> None:
+    """Wait until the condition is true; fail after this many seconds, or some more."""
+    for _ in range(1000 * seconds):
         if condition():
             return
         await asyncio.sleep(0.001)

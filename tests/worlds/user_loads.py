@@ -1,10 +1,10 @@
 """Loads by the public API: an `AdapterLoader`, its `LoaderConfig`, and ids."""
 
-import asyncio
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import event_loops
 import tiny
 
 from lorax_async import AdapterHandle, AdapterLoader, Allow, LoaderConfig
@@ -15,6 +15,9 @@ HIDDEN = 96
 LAYERS = 24
 RANK = 256
 """Together some 14 MB. Layer 0 has 4 % of it, more than comes with the first answer."""
+
+
+until = partial(event_loops.until, seconds=60)
 
 
 def layout(layers: int) -> ModelLayout:
@@ -63,15 +66,6 @@ def secretless(error: BaseException | None, *secrets: str) -> str:
     for secret in secrets:
         assert secret not in text, text
     return text
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait until the condition is true; fail after a minute."""
-    for _ in range(12_000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it never happened")
 
 
 async def has(there: AdapterLoader, id: str | AdapterRef, folder: Path) -> str:
