@@ -1,12 +1,10 @@
 """Servers that change files, validators and manners between two loads: no wrong byte is lent, and no refusal stays."""
 
-import asyncio
 import base64
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -166,27 +164,6 @@ async def test_an_interrupted_config_is_compared(world: World) -> None:
         assert await scale(there) == 9 / 256
     async with world.loader() as there:
         assert await scale(there) == 9 / 256
-
-
-@pytest.mark.slow
-async def test_a_killed_process_is_gone_on_with(world: World) -> None:
-    """It fetches the adapter into the same cache."""
-    command = [sys.executable, "-m", "lorax_async", "fetch", world.id]
-    command += ["--cache-dir", str(world.folder / "cache"), "--hub-cache", "off"]
-    quiet = asyncio.subprocess.DEVNULL
-    world.origin.stop_at = 1_800_000
-    process = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet)
-    enough = 1.1 * len(world.origin.files[WEIGHTS])  # an answer has ended, and is asked for again
-    await until(lambda: world.origin.bytes_asked() > enough)
-    await asyncio.sleep(0.5)  # until what has arrived is written and recorded
-    process.kill()
-    await process.wait()
-    assert world.stored() == (0, 1)
-    world.origin.stop_at = None
-    before = len(world.origin.asked)
-    async with world.loader(connections=4) as there:
-        await has(there, world.id, world.adapters[0])
-    assert world.origin.bytes_asked(before) < 0.7 * len(world.origin.files[WEIGHTS])
 
 
 def _nan(weights: bytes) -> bytes:
