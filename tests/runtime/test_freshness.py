@@ -168,34 +168,6 @@ async def test_a_version_that_is_gone_fails_only_requests_with_tokens_of_it(tmp_
         assert await fresh == 4
 
 
-async def test_overlapping_traffic_follows_an_adapter_that_changes(tmp_path: Path) -> None:
-    """No request gets a version that was replaced longer ago than a look at the files counts."""
-    source, seconds = stocked(tmp_path, "a"), 0.05
-    current = await source.resolve(AdapterRef("a"))
-    replaced_at: dict[AdapterKey, float] = {}
-    clock = asyncio.get_running_loop().time
-    async with opened(source, {"revalidate_files": seconds}) as (_, scheduler):
-        begun_at: dict[Ticket, float] = {}
-        checked, changes = 0, 0
-        end = clock() + 2
-        while clock() < end or changes < 10:
-            begins = clock()
-            ticket = scheduler.submit(Request("a", 1, 3))
-            begun_at[ticket] = begins
-            batch = await step(scheduler)
-            for row in batch.rows:
-                assert row.handle is not None
-                gone = replaced_at.get(row.handle.key)
-                assert gone is None or begun_at[row.ticket] <= gone + seconds
-                checked += 1
-            if clock() > max(replaced_at.values(), default=0.0) + 2 * seconds:
-                changes += 1
-                latest = put_again(source, tmp_path, "a", 100 + changes)
-                replaced_at[current], current = clock(), latest
-        assert checked > 100
-        await finish(scheduler, *begun_at)
-
-
 def answer_late(source: FakeSource) -> asyncio.Event:
     """Let the source choose its answers at once, and give them when the event is set."""
     resolve, may_answer = source.resolve, asyncio.Event()
