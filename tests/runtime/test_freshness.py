@@ -1,7 +1,6 @@
 """Each request is answered by what its id means when it begins, however many overlap."""
 
 import asyncio
-import os
 import shutil
 from pathlib import Path
 from time import monotonic
@@ -202,45 +201,7 @@ async def test_a_request_does_not_get_an_answer_that_was_asked_for_before_it_beg
         before.cancel()
 
 
-async def test_a_digest_is_compared_also_where_the_source_is_asked_again(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
-    async with opened(source, ALWAYS) as (_, scheduler):
-        right = scheduler.submit(Request("a", 1, 3))
-        await next_with(scheduler, right)
-        wrong = scheduler.submit(Request(AdapterRef("a", digest="0" * 64), 1, 1))
-        await fails(wrong, IntegrityError, "as requested")
-        await finish(scheduler, right)
-
-
 # -- the loader -----------------------------------------------------------------------------------
-
-
-async def test_a_folder_that_was_replaced_is_noticed_while_its_adapter_is_resident(
-    tmp_path: Path,
-) -> None:
-    folder = tiny.write(tmp_path / "a", 1, rank=4)
-    async with tiny_loader(revalidate_files=0.05) as loader, loader.load(folder) as handle:
-        old = handle.key
-        os.rename(folder, tmp_path / "before")
-        os.rename(tiny.write(tmp_path / "next", 2, rank=4), folder)
-        await until(lambda: loader.current_key(folder) is None)
-        assert loader.try_acquire(folder) is None
-        async with loader.load(folder) as latest:
-            assert latest.key != old
-            assert await loader.resolve(folder) == latest.key
-        acquired = loader.try_acquire(folder)
-        assert acquired is not None
-        with acquired:
-            assert acquired.key == latest.key
-
-
-async def test_a_folder_that_was_deleted_is_not_served_from_the_device(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "a", 1, rank=4)
-    async with tiny_loader(revalidate_files=0.05) as loader, loader.load(folder):
-        shutil.rmtree(folder)
-        await until(lambda: loader.current_key(folder) is None)
-        await fails(loader.resolve(folder), AdapterNotFoundError)
-        await fails(_load(loader, folder), AdapterNotFoundError)
 
 
 async def test_a_look_counts_for_the_seconds_set(tmp_path: Path) -> None:
@@ -309,7 +270,3 @@ async def test_an_id_has_the_version_of_its_last_look_as_long_as_that_counts(
         assert adapters.current_key(folder) == key, "it looks at no file"
         await fails(adapters.resolve(folder), AdapterNotFoundError)
         assert adapters.current_key(folder) is None
-
-
-async def _load(loader: Any, folder: Path) -> None:
-    (await loader.load(folder)).release()
