@@ -288,8 +288,6 @@ async def test_requests_may_name_what_is_below_a_source(
         for model in refused:
             answer = await ask(world, model)
             assert (answer.status, answer.error["code"]) == (404, "model_not_found"), model
-            assert answer.error["param"] == "model"
-            assert answer.error["message"] == f"The model `{model}` does not exist."
         assert len(world.engine.submitted) == submitted
 
 
