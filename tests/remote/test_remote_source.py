@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread, current_thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,6 +133,20 @@ async def test_an_entry_stays_for_as_long_as_it_is_read(world: RemoteWorld) -> N
     assert in_use(world) == [True]
     file.reader.close()
     assert in_use(world) == [False]
+
+
+async def test_groups_are_reported_on_the_loop(world: RemoteWorld) -> None:
+    world.stock()
+    file, told = await opened(world), list[tuple[int, Thread]]()
+    half, nbytes = file.reader.nbytes // 2, file.reader.nbytes
+
+    def note(group: int) -> None:
+        told.append((group, current_thread()))
+
+    groups = [[ByteSpan(0, half)], [ByteSpan(half, nbytes)]]
+    await world.source.bring(file, groups, note, FetchControl())
+    assert told == [(0, current_thread()), (1, current_thread())]
+    file.reader.close()
 
 
 async def test_a_reader_closed_meanwhile_keeps_nothing(world: RemoteWorld) -> None:
