@@ -446,13 +446,19 @@ def test_free_memory_is_what_control_groups_leave_with_the_caches_that_give_way(
     assert serve.free_bytes("cpu", tmp_path) == free << 10
 
 
-@pytest.mark.usefixtures("hub_client")
-def test_a_base_of_the_hub_is_served(whole: Path, capsys: Capture, monkeypatch: Patch) -> None:
+@pytest.fixture
+def until_ready(monkeypatch: Patch) -> None:
+    """A server ends as soon as it is ready."""
+
     async def serve_nobody(service: object, listener: object, *, ready: Callable[[], None]) -> None:
         ready()
 
     monkeypatch.setattr(serve, "tune_process", lambda: None)
     monkeypatch.setattr("lorax_async.server.app.serve", serve_nobody)
+
+
+@pytest.mark.usefixtures("hub_client", "until_ready")
+def test_a_base_of_the_hub_is_served(whole: Path, capsys: Capture, monkeypatch: Patch) -> None:
     with HubStandIn() as hub:
         hub.put("org/base", {path.name: path.read_bytes() for path in whole.iterdir()})
         # huggingface_hub reads HF_ENDPOINT when it is imported.
@@ -468,18 +474,14 @@ def test_a_base_of_the_hub_is_served(whole: Path, capsys: Capture, monkeypatch: 
     close_session()  # that of huggingface_hub
 
 
+@pytest.mark.usefixtures("until_ready")
 @pytest.mark.parametrize(
     ("options", "warned"),
     [([], False), (["--host", "0.0.0.0"], True), (["--host", "0.0.0.0", "--api-key", "k"], False)],
 )
 def test_a_server_open_to_other_machines_is_warned_of(
-    whole: Path, capsys: Capture, monkeypatch: Patch, options: list[str], warned: bool
+    whole: Path, capsys: Capture, options: list[str], warned: bool
 ) -> None:
-    async def serve_nobody(service: object, listener: object, *, ready: Callable[[], None]) -> None:
-        ready()
-
-    monkeypatch.setattr(serve, "tune_process", lambda: None)
-    monkeypatch.setattr("lorax_async.server.app.serve", serve_nobody)
     assert main(["serve", "--base", str(whole), "--port", "0", "--json", *options]) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["models"] == [whole.name]

@@ -1,8 +1,6 @@
 """A folder behind a URL that is exchanged as a whole between two answers: never a part of each."""
 
-import asyncio
 import json
-import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -179,44 +177,3 @@ async def test_a_folder_that_is_always_exchanged_is_an_error(world: World) -> No
         world.origin.after = lambda _, __: None
         async with await there.load(world.id) as handle:
             assert held(world.origin, handle) == (world.origin.now,) * 2
-
-
-async def test_what_is_stored_is_not_requested_again(world: World) -> None:
-    """Only a download has first answers that may be of two versions."""
-    async with world.loader() as there:
-        async with await there.load(world.id):
-            pass
-        before = len(world.origin.asked)
-        async with await there.load(world.id):
-            pass
-    async with world.loader() as there, await there.load(world.id):
-        pass
-    assert len(world.origin.asked) - before == 4  # two for the version, each time
-
-
-@pytest.mark.slow
-async def test_exchanged_at_random(world: World) -> None:
-    """Every 20 to 200 ms; without a second look, 5 of 120 loads were mixed at 20 ms."""
-    stop, chance = threading.Event(), random.Random(5)
-
-    def flip() -> None:
-        while not stop.wait(chance.uniform(0.02, 0.2)):
-            world.origin.exchange()
-
-    thread = threading.Thread(target=flip)
-    thread.start()
-    loaded = 0
-    try:
-        for number in range(120):
-            async with world.loader(str(number)) as there:
-                try:
-                    async with await there.load(world.id) as handle:
-                        config, weights = held(world.origin, handle)
-                except errors.IntegrityError:
-                    continue
-            loaded += 1
-            assert config == weights
-    finally:
-        stop.set()
-        await asyncio.to_thread(thread.join)
-    assert loaded > 100

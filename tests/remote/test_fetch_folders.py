@@ -1,8 +1,6 @@
 """`loader.fetch`: a verified folder, held for whoever needs an adapter's files and not its tensors."""
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -123,33 +121,17 @@ async def test_fetches_and_loads_share_one_download(world: RemoteWorld) -> None:
                 assert folder.downloaded
 
 
-REFUSED: dict[str, tuple[Callable[[AdapterRef], Any], type[errors.LoraxError], str]] = {
-    "no such adapter": (
-        lambda ref: replace(ref, id="none"),
-        errors.AdapterNotFoundError,
-        "no such",
-    ),
-    "too large": (
-        lambda ref: replace(ref, id="large"),
-        errors.AdapterFormatError,
-        "max_adapter_byte",
-    ),
-}
-
-
-@pytest.mark.parametrize(("id", "kind", "words"), REFUSED.values(), ids=REFUSED)
-async def test_refusals(
-    tmp_path: Path, id: Callable[[AdapterRef], Any], kind: type[errors.LoraxError], words: str
-) -> None:
+async def test_a_refused_fetch_holds_nothing_and_is_refused_again(tmp_path: Path) -> None:
     with RemoteWorld(tmp_path, limits=Limits(max_adapter_bytes=1 << 20)) as world:
         world.stock()
         world.put("large", world.locator.there["one"].config, bytes(1 << 21))
         async with over(world) as there:
-            asked = id(world.ref("one"))
-            for _ in range(2):
-                error = await fails(there.fetch(asked), kind, words)
-                assert error.id == asked.text
-        assert is_evictable(world), "nothing is held"
+            for id, kind, words in (
+                *[("none", errors.AdapterNotFoundError, "no such")] * 2,
+                *[("large", errors.AdapterFormatError, "max_adapter_byte")] * 2,
+            ):
+                assert (await fails(there.fetch(world.ref(id)), kind, words)).id == id
+        assert is_evictable(world)
 
 
 async def test_tensors_and_stand_ins_are_in_no_folder(tmp_path: Path) -> None:

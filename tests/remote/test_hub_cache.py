@@ -223,6 +223,9 @@ def _moved(part: str) -> Callable[[Path], None]:
 
 
 SPOILT = {
+    "no config": lambda at: (at / CONFIG).unlink(),
+    "an index in place of the weights": lambda at: (at / NAME).rename(at / INDEX),
+    "no blob": lambda at: (at / NAME).resolve().unlink(),
     "a file in place of a link": lambda at: (at / NAME).unlink() or (at / NAME).write_bytes(b"x"),
     "a link to a file outside": _linked("../../../secret"),
     "an absolute link": _linked("/etc/passwd"),
@@ -248,7 +251,9 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
-def test_what_links_must_not_lead_to(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+def test_what_is_not_whole_or_leads_elsewhere_is_not_there(
+    tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
     """It is as good as not there: it will be fetched from the hub."""
     folder = tmp_path / "hub"
     snapshot = by_hand.put(folder, REPO, ADAPTER, commit=COMMIT)
@@ -289,16 +294,6 @@ def test_a_blob_that_repositories_share(tmp_path: Path) -> None:
     assert not unchecked.is_verified
     assert cache.open(other, check=True) is None
     assert cache.open(KEY) is not None
-
-
-@pytest.mark.parametrize("lacking", [*ADAPTER, "blob"])
-def test_what_is_not_whole_is_not_there(tmp_path: Path, lacking: str) -> None:
-    snapshot = by_hand.put(tmp_path, REPO, {**ADAPTER, INDEX: b"{}"}, commit=COMMIT)
-    if lacking == "blob":
-        (snapshot / NAME).resolve().unlink()
-    else:
-        (snapshot / lacking).unlink()
-    assert opened(tmp_path).open(KEY) is None
 
 
 def test_the_repository_may_lie_elsewhere(tmp_path: Path) -> None:

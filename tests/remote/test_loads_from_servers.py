@@ -6,12 +6,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
-import web_servers as servers
 from fault_server import until as wait_until
 from origins import KINDS, LAYERS, OBSTORE, VERSIONS, Begun, Origin, made, on, processes
 from store_servers import AZURE_KEY, S3_KEY, S3_SECRET
@@ -24,8 +22,6 @@ from lorax_async.formats.peft_names import INDEX_FILE, WEIGHTS_FILE
 from lorax_async.remote.base import FIRST_BYTES
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "sockets", "hub_client")
-
-TOKEN = "the-token"
 
 
 @pytest.fixture(scope="module")
@@ -181,14 +177,6 @@ def by_way_of(origin: Origin, way: str) -> str:
 
 
 @on("nginx")
-async def test_a_server_that_limits_requests(origin: Origin, adapters: list[Path]) -> None:
-    origin.put(adapters[0])
-    async with origin.loader(at(second(origin))) as there:
-        await has(there, by_way_of(origin, "slow/"), adapters[0])
-    wait_until(lambda: any(" 503 " in line for line in lines(origin)))
-
-
-@on("nginx")
 @pytest.mark.parametrize("way", ["", "moved/", "whole/", "untagged/"])
 async def test_each_byte_comes_once(origin: Origin, adapters: list[Path], way: str) -> None:
     """By ranges; moved to another port; as a whole (200); without ETags. Gzip is not asked for."""
@@ -207,50 +195,6 @@ async def test_each_byte_comes_once(origin: Origin, adapters: list[Path], way: s
     # But for those that came slowly behind the header, on a busy machine; without ETags, the first
     # ones are compared with a second answer.
     assert way == "whole/" or sent() <= size + FIRST_BYTES
-
-
-@on("nginx")
-@pytest.mark.parametrize("allowed", ["nowhere else", "another folder", "another port", "there"])
-async def test_redirects_need_to_be_allowed(
-    origin: Origin, adapters: list[Path], allowed: str
-) -> None:
-    """Else nothing is asked of where it leads, and nothing is kept."""
-    origin.put(adapters[0])
-    more = {
-        "nowhere else": (),
-        "another folder": (at(second(origin), "others/"),),
-        "another port": (at(f"127.0.0.1:{servers.free_port()}"),),
-        "there": (at(second(origin), f"{name_of(origin)}/"),),
-    }
-    async with origin.loader(*more[allowed]) as there:
-        moved = AdapterRef(by_way_of(origin, "moved/"), token="s3cret-token")
-        if allowed == "there":
-            await has(there, moved, adapters[0])
-        else:
-            error = await fails(there.load(moved), errors.AccessDeniedError, "allow it explicitly")
-            assert second(origin) in secretless(error, "s3cret-token")
-    asked = [line for line in lines(origin) if f" {origin.server.second} " in line]
-    assert bool(asked) is (allowed == "there")
-    assert not any("s3cret-token" in line for line in asked)
-
-
-@on("nginx")
-async def test_a_token_is_for_its_owner_only(origin: Origin, adapters: list[Path]) -> None:
-    """What one token was let have is not served to others, though it is in the cache."""
-    origin.put(adapters[0])
-    private = by_way_of(origin, "private/")
-    async with origin.loader() as there:
-        for _ in range(2):
-            for wrong in (None, "an0ther-token"):
-                with pytest.raises(errors.AccessDeniedError, match="401") as caught:
-                    await there.load(private, token=wrong)
-                secretless(caught.value, "an0ther-token", TOKEN)
-            version = await has(there, AdapterRef(private, token=TOKEN), adapters[0])
-    origin.link.close()
-    async with origin.loader() as there:
-        pinned = AdapterRef(private, token=TOKEN, revision=version)
-        await has(there, pinned, adapters[0])
-        await fails(there.load(replace(pinned, token=None)), errors.FetchError, "ECONNREFUSED")
 
 
 @on("nginx")

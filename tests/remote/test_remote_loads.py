@@ -87,15 +87,6 @@ async def test_an_answer_counts_from_the_time_at_which_the_source_gave_it(tmp_pa
         assert not world.locator.located
 
 
-async def acquired_at_once(loader: AdapterLoader, adapter: AdapterId) -> bool:
-    """After a load."""
-    async with await loader.load(adapter):
-        lease = loader.try_acquire(adapter)
-    if lease is not None:
-        lease.release()
-    return lease is not None
-
-
 async def test_a_digest_is_its_callers_own(tmp_path: Path) -> None:
     """Others are served. It refutes what is stored, also if the source is not asked for it."""
     with RemoteWorld(tmp_path, revalidate=60) as world:

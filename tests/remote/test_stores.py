@@ -28,14 +28,7 @@ from store_servers import (
 )
 from user_loads import secretless
 
-from lorax_async.errors import (
-    AccessDeniedError,
-    AdapterNotFoundError,
-    FetchError,
-    IntegrityError,
-    UnsupportedAdapterError,
-)
-from lorax_async.formats.peft_names import INDEX_FILE
+from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.types import AdapterRef
 
 Patch = pytest.MonkeyPatch
@@ -245,12 +238,3 @@ async def test_a_signed_url_ends(store: Store) -> None:
         assert store.path not in secretless(expired(), *SECRETS)
         again = (await made.locate(AdapterRef(store.id))).files[1]
         assert again.target.url.target != weights.target.url.target
-
-
-@on(S3, AZURE)
-def test_an_index_in_place_of_the_weights_is_refused(store: Store) -> None:
-    store.put_all({"adapter_config.json": CONFIG, INDEX_FILE: b"{}"})
-    with pytest.raises(UnsupportedAdapterError, match=INDEX_FILE):
-        located(store.id)
-    store.put(WEIGHTS, DATA)
-    assert [file.name for file in located(store.id).files] == ["adapter_config.json", WEIGHTS]

@@ -47,24 +47,6 @@ Patch = pytest.MonkeyPatch
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.each_loop]
 
 
-async def test_threads_that_cannot_be_had(tmp_path: Path, monkeypatch: Patch) -> None:
-    start = threading.Thread.start
-    seen: list[str] = []
-
-    def limited(thread: threading.Thread) -> None:
-        if thread.name.startswith("lorax-io"):
-            seen.append(thread.name)
-            if len(seen) == 3:
-                raise RuntimeError("can't start new thread")
-        start(thread)
-
-    there = loader(io_threads=4)
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", limited)
-        await fails(there.__aenter__(), errors.CapacityError, "lower io_threads")
-    assert not our_threads()
-
-
 @pytest.mark.parametrize("threads", range(8))
 async def test_a_process_that_may_start_few_threads(
     threads: int, tmp_path: Path, monkeypatch: Patch

@@ -1,7 +1,6 @@
 """Each request is answered by what its id means when it begins, however many overlap."""
 
 import asyncio
-import os
 import shutil
 from pathlib import Path
 from time import monotonic
@@ -168,34 +167,6 @@ async def test_a_version_that_is_gone_fails_only_requests_with_tokens_of_it(tmp_
         assert await fresh == 4
 
 
-async def test_overlapping_traffic_follows_an_adapter_that_changes(tmp_path: Path) -> None:
-    """No request gets a version that was replaced longer ago than a look at the files counts."""
-    source, seconds = stocked(tmp_path, "a"), 0.05
-    current = await source.resolve(AdapterRef("a"))
-    replaced_at: dict[AdapterKey, float] = {}
-    clock = asyncio.get_running_loop().time
-    async with opened(source, {"revalidate_files": seconds}) as (_, scheduler):
-        begun_at: dict[Ticket, float] = {}
-        checked, changes = 0, 0
-        end = clock() + 2
-        while clock() < end or changes < 10:
-            begins = clock()
-            ticket = scheduler.submit(Request("a", 1, 3))
-            begun_at[ticket] = begins
-            batch = await step(scheduler)
-            for row in batch.rows:
-                assert row.handle is not None
-                gone = replaced_at.get(row.handle.key)
-                assert gone is None or begun_at[row.ticket] <= gone + seconds
-                checked += 1
-            if clock() > max(replaced_at.values(), default=0.0) + 2 * seconds:
-                changes += 1
-                latest = put_again(source, tmp_path, "a", 100 + changes)
-                replaced_at[current], current = clock(), latest
-        assert checked > 100
-        await finish(scheduler, *begun_at)
-
-
 def answer_late(source: FakeSource) -> asyncio.Event:
     """Let the source choose its answers at once, and give them when the event is set."""
     resolve, may_answer = source.resolve, asyncio.Event()
@@ -230,45 +201,7 @@ async def test_a_request_does_not_get_an_answer_that_was_asked_for_before_it_beg
         before.cancel()
 
 
-async def test_a_digest_is_compared_also_where_the_source_is_asked_again(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
-    async with opened(source, ALWAYS) as (_, scheduler):
-        right = scheduler.submit(Request("a", 1, 3))
-        await next_with(scheduler, right)
-        wrong = scheduler.submit(Request(AdapterRef("a", digest="0" * 64), 1, 1))
-        await fails(wrong, IntegrityError, "as requested")
-        await finish(scheduler, right)
-
-
 # -- the loader -----------------------------------------------------------------------------------
-
-
-async def test_a_folder_that_was_replaced_is_noticed_while_its_adapter_is_resident(
-    tmp_path: Path,
-) -> None:
-    folder = tiny.write(tmp_path / "a", 1, rank=4)
-    async with tiny_loader(revalidate_files=0.05) as loader, loader.load(folder) as handle:
-        old = handle.key
-        os.rename(folder, tmp_path / "before")
-        os.rename(tiny.write(tmp_path / "next", 2, rank=4), folder)
-        await until(lambda: loader.current_key(folder) is None)
-        assert loader.try_acquire(folder) is None
-        async with loader.load(folder) as latest:
-            assert latest.key != old
-            assert await loader.resolve(folder) == latest.key
-        acquired = loader.try_acquire(folder)
-        assert acquired is not None
-        with acquired:
-            assert acquired.key == latest.key
-
-
-async def test_a_folder_that_was_deleted_is_not_served_from_the_device(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "a", 1, rank=4)
-    async with tiny_loader(revalidate_files=0.05) as loader, loader.load(folder):
-        shutil.rmtree(folder)
-        await until(lambda: loader.current_key(folder) is None)
-        await fails(loader.resolve(folder), AdapterNotFoundError)
-        await fails(_load(loader, folder), AdapterNotFoundError)
 
 
 async def test_a_look_counts_for_the_seconds_set(tmp_path: Path) -> None:
@@ -337,7 +270,3 @@ async def test_an_id_has_the_version_of_its_last_look_as_long_as_that_counts(
         assert adapters.current_key(folder) == key, "it looks at no file"
         await fails(adapters.resolve(folder), AdapterNotFoundError)
         assert adapters.current_key(folder) is None
-
-
-async def _load(loader: Any, folder: Path) -> None:
-    (await loader.load(folder)).release()

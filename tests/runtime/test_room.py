@@ -37,14 +37,6 @@ async def test_room_is_made_by_the_coldest_and_waited_for(tmp_path: Path) -> Non
         held[1].release()
 
 
-async def test_what_never_fits_fails_at_once(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "a")
-    async with loader(device_bytes=ONE - 64) as there:
-        caught = await fails(there.load(folder), errors.CapacityError, "raise device_bytes")
-        assert not caught.retryable
-        assert str(folder) in str(caught)
-
-
 async def test_no_more_are_told_to_leave_than_have_to(tmp_path: Path) -> None:
     told: list[Event] = []
     async with over(stocked(tmp_path, "a", "b", "c"), max_slots=2, starvation_age=0.01) as there:

@@ -29,6 +29,7 @@ from lorax_async.types import AdapterKey, AdapterRef
 
 Patch = pytest.MonkeyPatch
 LOAD, UNLOAD, ADAPTERS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters"
+PAGE = ("/page/events", "/page/trace.json")
 PIN, UNPIN = "/v1/pin_lora_adapter", "/v1/unpin_lora_adapter"
 
 
@@ -452,16 +453,24 @@ async def test_a_pin_that_fails_leaves_nothing(tmp_path: Path) -> None:
         assert pinned(world) == []
 
 
+async def call_with(world: World, method: str, path: str, key: str | None) -> Answer:
+    """Send this as the field `Authorization`, in Latin-1; without a key, no such field."""
+    fields = "" if key is None else f"Authorization: {key}\r\n"
+    return await world.raw(
+        f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{fields}"
+        "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}".encode("latin-1")
+    )
+
+
 @pytest.mark.parametrize("key", ["", "Bearer", "Bearer x", f"Basic {TOKEN}", "Bearer \xe9", None])
 async def test_calls_of_the_operator_need_the_token(key: str | None) -> None:
-    token, said = (None, f"Bearer {TOKEN}") if key is None else (TOKEN, key)
+    """Without one in the settings, whatever is sent; the page's calls, if a token is sent."""
+    token, sent = (None, f"Bearer {TOKEN}") if key is None else (TOKEN, key)
     async with serving(admin_token=token) as world:
-        posts = [("POST", path) for path in (LOAD, UNLOAD, PIN, UNPIN)]
-        for method, path in (*posts, ("GET", ADAPTERS)):
-            answer = await world.raw(
-                f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization:"
-                f" {said}\r\nContent-Length: 2\r\n\r\n{{}}".encode("latin-1")
-            )
+        calls = [*(("POST", path) for path in (LOAD, UNLOAD, PIN, UNPIN)), ("GET", ADAPTERS)]
+        calls += [("GET", path) for path in PAGE if sent.startswith("Bearer ")]
+        for method, path in calls:
+            answer = await call_with(world, method, path, sent)
             if key is None:
                 assert (answer.status, answer.error["code"]) == (403, "admin_disabled")
             else:
@@ -479,12 +488,8 @@ async def test_every_call_but_probes_needs_a_key_where_there_are_keys(sent: str 
         assert {route.path for route in routes} > OPEN
         for route in routes:
             (method,) = (route.methods or set()) - {"HEAD"}
-            fields = "" if sent is None else f"Authorization: {sent}\r\n"
             path = str(route.path).replace("{name:path}", "base")
-            answer = await world.raw(
-                f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{fields}"
-                "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}".encode("latin-1")
-            )
+            answer = await call_with(world, method, path, sent)
             assert answer.status == (200 if path in OPEN else 401), path
             if path not in OPEN:
                 assert answer.error["type"] == "invalid_request_error"

@@ -266,30 +266,29 @@ async def ask(world: World, model: str) -> Answer:
     return await world.ask("POST", CHAT, body)
 
 
-async def test_requests_may_name_no_id_by_default() -> None:
-    engine = FakeEngine(echo)
-    async with serving(engine, adapters={"sql": "org/name"}, sources=()) as world:
-        for model in (
-            *("org/name", "org/name@main", "org/name@refs/pr/1", "s3://bucket/a", "gs://bucket/a"),
-            *("az://container/a", "https://host.example/a", "http://127.0.0.1:1/a"),
-        ):
+BELOW = (Allow("hub", prefix="org/"), Allow("s3", "bucket", prefix="loras/"))
+IDS = ["org/name", "org/name@v1", "s3://bucket/loras/a"]
+OTHERS = ["other/name", "Org/name", "org/name@refs/pr/1", "s3://bucket/loras2/a", "gs://bucket/a"]
+OTHERS += ["az://container/a", "https://host.example/a", "http://127.0.0.1:1/a"]
+
+
+# Folders are the loader's to judge, by its local_roots.
+@pytest.mark.parametrize(
+    ("sources", "allowed", "refused"),
+    [((), [], [*IDS, *OTHERS]), (BELOW, [*IDS, "./folder"], OTHERS)],
+    ids=["no source", "two sources"],
+)
+async def test_requests_may_name_what_is_below_a_source(
+    sources: tuple[Allow, ...], allowed: list[str], refused: list[str]
+) -> None:
+    async with serving(FakeEngine(echo), adapters={"sql": "org/x"}, sources=sources) as world:
+        for model in ("sql", "base", *allowed):
+            assert (await ask(world, model)).status == 200, model
+        submitted = len(world.engine.submitted)
+        for model in refused:
             answer = await ask(world, model)
-            assert (answer.status, answer.error["code"]) == (404, "model_not_found")
-            assert answer.error["param"] == "model"
-            assert answer.error["message"] == f"The model `{model}` does not exist."
-        assert not engine.submitted
-        for name in ("sql", "base"):
-            assert (await ask(world, name)).status == 200
-
-
-async def test_requests_may_name_what_is_below_a_source() -> None:
-    sources = (Allow("hub", prefix="org/"), Allow("s3", "bucket", prefix="loras/"))
-    async with serving(FakeEngine(echo), sources=sources) as world:
-        models = ["org/name", "org/name@v1", "s3://bucket/loras/a", "./folder"]
-        models += ["other/name", "Org/name", "org/name@refs/pr/1", "s3://bucket/loras2/a"]
-        statuses = {model: (await ask(world, model)).status for model in models}
-        # Folders are the loader's to judge, by its local_roots.
-        assert list(statuses.values()) == [200, 200, 200, 200, 404, 404, 404, 404], statuses
+            assert (answer.status, answer.error["code"]) == (404, "model_not_found"), model
+        assert len(world.engine.submitted) == submitted
 
 
 @pytest.fixture
@@ -375,19 +374,18 @@ async def test_no_spelling_of_an_id_borrows_the_token(
         assert (await world.ask("GET", "/v1/models/sql")).status == 200
 
 
-@pytest.mark.parametrize("by", ["--adapters", "the admin"])
-async def test_operators_names_get_their_token(hub: HubStandIn, tmp_path: Path, by: str) -> None:
+async def test_a_name_by_the_admin_gets_the_operators_token(
+    hub: HubStandIn, tmp_path: Path
+) -> None:
     """And that makes it no stranger's, though it is on the device and the hub is open to all."""
     commit = hub.repos[PRIVATE].refs["main"]
-    given = [f"sql={PRIVATE}"] if by == "--adapters" else []
-    async with served(hub, tmp_path, given, ["hub"]) as world:
-        if by == "the admin":
-            body = {"lora_name": "sql", "lora_path": "org/nowhere"}
-            nowhere = await world.admin("/v1/load_lora_adapter", body)
-            assert nowhere.status == 404
-            assert "no such folder, and on the hub: " in nowhere.error["message"]
-            body = {"lora_name": "sql", "lora_path": PRIVATE}
-            assert (await world.admin("/v1/load_lora_adapter", body)).status == 200
+    async with served(hub, tmp_path, [], ["hub"]) as world:
+        body = {"lora_name": "sql", "lora_path": "org/nowhere"}
+        nowhere = await world.admin("/v1/load_lora_adapter", body)
+        assert nowhere.status == 404
+        assert "no such folder, and on the hub: " in nowhere.error["message"]
+        body["lora_path"] = PRIVATE
+        assert (await world.admin("/v1/load_lora_adapter", body)).status == 200
         assert (await ask(world, "sql")).status == 200
         assert sent(hub, PRIVATE) == {OWN}
         begun = len(hub.asked)

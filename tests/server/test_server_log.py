@@ -189,7 +189,7 @@ def test_a_process_tells_its_life_in_json(base: Path) -> None:
             answer = client.chat.completions.create(model="tiny", messages=chat, max_tokens=2)
             assert answer.usage
             assert answer.usage.prompt_tokens == len("four!")
-            with pytest.raises(NotFoundError, match="The model `three` does not exist"):
+            with pytest.raises(NotFoundError):
                 client.completions.create(model="three", prompt="x")
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)

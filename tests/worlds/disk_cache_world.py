@@ -132,8 +132,13 @@ def below(folder: Path) -> set[str]:
 
 
 def nothing_odd(folder: Path) -> None:
-    """Assert that files are private, entries whole, and nothing is open, trashed or partial."""
+    """Assert that nothing is open, and all is private and whole."""
     assert open_below(folder) == []
+    private_and_whole(folder)
+
+
+def private_and_whole(folder: Path) -> None:
+    """Assert that files are private, entries whole, and nothing is trashed or partly written."""
     for path in folder.rglob("*"):
         status = path.lstat()
         assert status.st_uid == os.geteuid()
