@@ -184,7 +184,7 @@ def from_pretrained(
 
 
 def _is_causal(config: Mapping[str, JsonValue]) -> bool:
-    """Return whether the model was saved with a head of tokens, without any, or as nothing known."""
+    """Return whether a config names a causal class or a bare backbone, or no class."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     return not isinstance(name, str) or name.endswith(("ForCausalLM", "LMHeadModel", "Model"))
@@ -236,8 +236,7 @@ def _build_model(folder: Path) -> tuple[nn.Module, object]:
         dtype = config.dtype
         build = _class_of(config)
         with torch.device("meta"):
-            # A model without weights computes nothing, and no other attention has other modules.
-            model = build._from_config(config, dtype=None, attn_implementation="eager")
+            model = build(config)
     except Exception as error:  # an untrusted config can make transformers raise anything
         reason = shorten(" ".join(str(error).split()), 300)
         raise ConfigError(
@@ -258,7 +257,7 @@ def _class_of(config: Any) -> Any:
     name = (config.architectures or [""])[0]
     own = getattr(transformers, name, None)
     fits = isinstance(own, type) and getattr(own, "config_class", None) is type(config)
-    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if causal is not None and causal.config_class is type(config):
         bare = own is transformers.MODEL_MAPPING.get(type(config), None)
         own, fits = (causal, True) if bare or not fits else (own, fits)
