@@ -348,7 +348,8 @@ class LoaderConfig(StoreConfig):
         Seconds for which a resident adapter is not evicted for requests that have waited less than
         `starvation_age`.
     check_finite
-        Refuse adapters with NaN or infinite weights (reads every byte once more, off the loop).
+        Refuse adapters with NaN or infinite weights, one of which can ruin the outputs of a whole
+        batch or prefix cache. Reads every copied byte once more, off the loop.
 
     Raises
     ------
@@ -370,7 +371,7 @@ class LoaderConfig(StoreConfig):
     io_threads: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
     starvation_age: float = 5.0
     min_residency: float = 0.0
-    check_finite: bool = False
+    check_finite: bool = True
 
     def __post_init__(self, peers: object) -> None:
         super().__post_init__(peers)

@@ -175,12 +175,19 @@ def from_pretrained(
         layers = config.get(key)
         if isinstance(layers, int) and layers > MAX_LAYERS:
             raise ConfigError(f"{str(folder)!r} has {layers:,} layers; {MAX_LAYERS:,} is the limit")
-    layout = decoder_layout(config)
+    layout = decoder_layout(config) if _is_causal(config) else None
     own: object = config.get("dtype") or config.get("torch_dtype")
     if layout is None:
         model, own = _build_model(folder)
         layout = from_module(model, "float32")
     return replace(layout, dtype=_dtype_name(dtype or own), base=str(base))
+
+
+def _is_causal(config: Mapping[str, JsonValue]) -> bool:
+    """Return whether a config names a causal class or a bare backbone, or no class."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    return not isinstance(name, str) or name.endswith(("ForCausalLM", "LMHeadModel", "Model"))
 
 
 def _require_config(folder: Path) -> None:
@@ -227,15 +234,9 @@ def _build_model(folder: Path) -> tuple[nn.Module, object]:
             folder, local_files_only=True, trust_remote_code=False
         )
         dtype = config.dtype
+        build = _class_of(config)
         with torch.device("meta"):
-            if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-                automatic: Any = transformers.AutoModelForCausalLM
-                # With a dtype, it changes torch's default in all threads meanwhile.
-                model = automatic.from_config(config, dtype=None)
-            else:
-                model = getattr(transformers, (config.architectures or [""])[0])(config)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{type(model).__name__} is not a model")
+            model = build(config)
     except Exception as error:  # an untrusted config can make transformers raise anything
         reason = shorten(" ".join(str(error).split()), 300)
         raise ConfigError(
@@ -243,6 +244,26 @@ def _build_model(folder: Path) -> tuple[nn.Module, object]:
             " and use layouts.from_module"
         ) from error
     return model, dtype
+
+
+def _class_of(config: Any) -> Any:
+    """Return the class of transformers by which a base was saved.
+
+    The causal class of its type, if there is one, for a config that names none, one that
+    transformers does not know, or the bare backbone, whose names all adapters of the type may omit.
+    """
+    import transformers  # noqa: PLC0415 (slow)
+
+    name = (config.architectures or [""])[0]
+    own = getattr(transformers, name, None)
+    fits = isinstance(own, type) and getattr(own, "config_class", None) is type(config)
+    causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if causal is not None and causal.config_class is type(config):
+        bare = own is transformers.MODEL_MAPPING.get(type(config), None)
+        own, fits = (causal, True) if bare or not fits else (own, fits)
+    if not fits:
+        raise TypeError(f"transformers has no class {shorten(name, 100)!r} of this config")
+    return own
 
 
 def _dtype_name(dtype: object) -> str:
@@ -297,7 +318,37 @@ def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
     backbone = getattr(model, "base_model_prefix", "")
     headed = isinstance(backbone, str) and isinstance(getattr(model, backbone, None), nn.Module)
     prefix = f"{backbone}." if headed and backbone else ""
-    return ModelLayout(tuple(modules), num_layers, _dtype_name(dtype or common), prefix)
+    return ModelLayout(
+        tuple(modules),
+        num_layers,
+        _dtype_name(dtype or common),
+        prefix,
+        _text_prefixes(model),
+        architecture=type(model).__name__,
+    )
+
+
+def _text_prefixes(model: Any) -> tuple[tuple[str, str], ...]:
+    """Return where the text class of a model of text and images has names of its own.
+
+    Pairs of a prefix there and here; none if the model is no composite of transformers.
+    """
+    transformers: Any = sys.modules.get("transformers")  # imported, if the model is one of its own
+    config = getattr(model, "config", None)
+    if transformers is None or not isinstance(config, transformers.PreTrainedConfig):
+        return ()
+    text = config.get_text_config()
+    if text is config or config.is_encoder_decoder:
+        return ()
+    causals = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    causal = causals.get(type(text), None) or causals.get(type(config), None)
+    backbone = transformers.MODEL_MAPPING.get(type(text), None)
+    for name, module in model.named_modules() if causal is not None else ():
+        if name and type(module) is causal:
+            return (("", f"{name}."),)
+        if name and type(module) is backbone:
+            return ((f"{causal.base_model_prefix}.", f"{name}."),)
+    return ()
 
 
 def _adaptable_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -184,6 +184,74 @@ def test_what_is_no_causal_model_is_built_as_its_author_saved_it(tmp_path: Path)
     assert layout.modules[layout.index("decoder.block.1.layer.2.DenseReluDense.wo")].parallel == ROW
 
 
+TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY |= {"intermediate_size": 40, "vocab_size": 48}
+SPEECH: dict[str, Any] = {"d_model": 32, "vocab_size": 64, "num_mel_bins": 8, "pad_token_id": 0}
+for _side in ("encoder", "decoder"):
+    SPEECH |= {f"{_side}_layers": 2, f"{_side}_attention_heads": 4, f"{_side}_ffn_dim": 40}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "sizes", "expected"),
+    [
+        ("whisper", "WhisperForConditionalGeneration", SPEECH, None),
+        ("bart", "BartForConditionalGeneration", SPEECH, None),
+        ("marian", "MarianMTModel", SPEECH, None),
+        ("bert", "BertForSequenceClassification", TINY, None),
+        ("llama", "LlamaForSequenceClassification", TINY, None),
+        # Adapters of the bare backbone fit the class with a head too.
+        ("llama", "LlamaModel", TINY, "LlamaForCausalLM"),
+        ("mpnet", "MPNetModel", TINY, "MPNetModel"),
+        ("qwen2", "TheirOwnQwen", TINY, "Qwen2ForCausalLM"),
+    ],
+)
+def test_a_base_is_built_as_the_class_that_it_was_saved_by(
+    model_type: str, architecture: str, sizes: dict[str, Any], expected: str | None, tmp_path: Path
+) -> None:
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = getattr(transformers, expected or architecture)(config)
+    assert layouts.from_pretrained(tmp_path, "float32") == layouts.from_module(model)
+
+
+TEXT = TINY | {"num_key_value_heads": 2, "head_dim": 8, "dtype": "float32"}
+EYE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "text_type", "architecture", "own"),
+    [
+        ("gemma3", "gemma3_text", "Gemma3ForConditionalGeneration", "model.language_model.layers"),
+        ("llava", "llama", "LlavaForConditionalGeneration", "model.language_model.layers"),
+        ("mistral3", "mistral", "Mistral3ForConditionalGeneration", "model.language_model.layers"),
+        ("llama4", "llama4_text", "Llama4ForConditionalGeneration", "language_model.model.layers"),
+    ],
+)
+def test_an_adapter_of_the_text_class_fits_a_base_of_text_and_images(
+    model_type: str, text_type: str, architecture: str, own: str, tmp_path: Path
+) -> None:
+    text = {"model_type": text_type, **TEXT}
+    if model_type == "llama4":
+        text |= {"intermediate_size_mlp": 40, "num_local_experts": 2, "pad_token_id": 0}
+    config = transformers.AutoConfig.for_model(model_type, text_config=text)
+    for name, value in EYE.items():
+        setattr(config.vision_config, name, value)
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    layout = layouts.from_pretrained(tmp_path, "float32")
+    trained = layouts.from_module(MODEL.from_config(config.text_config))
+    for module in trained.modules:
+        found = layout.resolve(module.name)
+        assert found is not None, module.name
+        same = layout.modules[found]
+        assert (same.in_features, same.out_features) == (module.in_features, module.out_features)
+    assert layout.resolve("model.layers.1.self_attn.q_proj") == layout.index(
+        f"{own}.1.self_attn.q_proj"
+    )
+
+
 def test_folders_that_are_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.input", lambda _: pytest.fail("it asks on the terminal"))
     with pytest.raises(ConfigError, match="no config.json"):

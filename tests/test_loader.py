@@ -4,6 +4,7 @@ import asyncio
 import errno
 import inspect
 import logging
+import os
 import shutil
 from dataclasses import FrozenInstanceError
 from itertools import count
@@ -49,6 +50,28 @@ async def test_a_file_is_cast(tmp_path: Path, stored: torch.dtype, wanted: str |
         assert moved["copy"] == handle.nbytes
         same = stored is module.a.dtype
         assert moved.get("stage", 0) == (0 if same else 8 * 3 * 96 * stored.itemsize)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+async def test_weights_that_would_ruin_a_batch_are_refused(tmp_path: Path, value: float) -> None:
+    """By default; a version that was looked at stays good, and another of its folder is not."""
+    folder = tiny.write(tmp_path / "a")
+    async with loader(max_slots=1) as there:
+        for _ in range(2):  # the second copies again
+            with await there.load(folder) as handle:
+                tiny.assert_equal_to_file(handle, folder)
+            await there.unload(folder)
+        content = tiny.tensors(1, 4, torch.float32)
+        list(content.values())[-1].view(-1)[-1] = value
+        safetensors.torch.save_file(content, tmp_path / "new")
+        os.utime(tmp_path / "new", (0, 0))
+        (tmp_path / "new").rename(folder / "adapter_model.safetensors")
+        await asyncio.sleep(1)  # for which a look at the folder counts
+        for _ in range(2):
+            with pytest.raises(errors.AdapterFormatError, match="NaN or infinite"):
+                await there.load(folder)
+    async with loader(check_finite=False) as there, await there.load(folder) as handle:
+        assert handle.resident
 
 
 async def test_a_call_is_a_coroutine_and_a_context(tmp_path: Path) -> None:

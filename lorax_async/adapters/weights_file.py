@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
 import torch
+from safetensors import safe_open
 
 from lorax_async.concurrency import in_thread
 from lorax_async.config import Limits
-from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer
+from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer, is_finite
 from lorax_async.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
@@ -55,6 +56,20 @@ from lorax_async.types import AdapterRef
 
 LIMITS = Limits()
 _TIMEOUT = 10.0  # seconds, to connect and for each read
+
+
+def require_finite(folder: Path) -> None:
+    """Raise `AdapterFormatError` if a weight is NaN or infinite. Reads the whole file; blocks.
+
+    The file's header has been checked.
+    """
+    with safe_open(folder / WEIGHTS, framework="pt") as weights:
+        for name in weights.keys():  # noqa: SIM118 - no mapping
+            if not is_finite(weights.get_tensor(name)):
+                raise AdapterFormatError(
+                    f"tensor {shorten(name, 200)!r} has NaN or infinite values; train the adapter"
+                    " again, or save it from a checkpoint without them"
+                )
 
 
 @contextmanager

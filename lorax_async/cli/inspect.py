@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 from lorax_async import layouts
+from lorax_async.adapters.weights_file import require_finite
 from lorax_async.cli.command_line import (
     ABOUTS,
     ID_HELP,
@@ -145,6 +146,7 @@ def inspect_adapter(
                 staging_move_bytes=MOVE_BYTES,
             )
             found.device_bytes, found.device_dtype = plan.nbytes, plan.dtype
+            require_finite(folder)
     return found
 
 

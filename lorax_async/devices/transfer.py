@@ -20,7 +20,14 @@ import torch
 
 from lorax_async.concurrency import Inbox
 from lorax_async.devices.base import CopyTicket, Device, StagedPiece
-from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer, StagingRing, read, zero
+from lorax_async.devices.staging import (
+    TORCH_DTYPES,
+    StagingBuffer,
+    StagingRing,
+    is_finite,
+    read,
+    zero,
+)
 from lorax_async.errors import AdapterFormatError, CapacityError, LoraxError, as_lorax_error
 from lorax_async.files import Reader
 from lorax_async.lifecycle.adapter_state import SlotGrant
@@ -72,7 +79,8 @@ class GroupCopy(NamedTuple):
 
     `image` is for devices that do not read files: uint8 `[group.nbytes]` of `staging_memory` that
     keeps the group in the device's format. The copy fills it; if `warm`, it is filled already and
-    the file is not read. It must not be written to or freed before the copy is `done`.
+    the file is not read. It must not be written to or freed before the copy is `done`. Weights that
+    are `known_finite` are not looked at again.
     """
 
     reader: Reader
@@ -82,6 +90,7 @@ class GroupCopy(NamedTuple):
     slot: int
     image: torch.Tensor | None = None
     warm: bool = False
+    known_finite: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -204,7 +213,7 @@ class GroupTransfer:
         ticket = self.device.copy(None, group.rows, copy.extent, copy.slot)
         pending.parts.append(ticket)
         pending.tickets.append(ticket)
-        if self.check_finite:
+        if self.check_finite and not copy.known_finite:
             ticket.result()
             content = self.device.host_view(copy.extent)
             self._require_finite(content, StagingWindow.whole(group), copy)
@@ -263,7 +272,7 @@ class GroupTransfer:
         with self._span(copy, "staging", lane, "fill"):
             self._convert(copy, window, buffer.tensor, scratch, pending)
             read(copy.reader, window.reads, buffer.memory)
-        if self.check_finite:
+        if self.check_finite and not copy.known_finite:
             self._require_finite(buffer.tensor, window, copy)
 
     def _convert(
@@ -295,9 +304,9 @@ class GroupTransfer:
         """
         group = copy.group
         for first, last, kind in _written_ranges(window, TORCH_DTYPES[copy.dtype], group.vectors):
-            good = content[first:last].view(kind).isfinite()
-            if not good.all():
-                bad = first + int(good.logical_not().nonzero()[0]) * kind.itemsize
+            values = content[first:last].view(kind)
+            if not is_finite(values):
+                bad = first + int(values.isfinite().logical_not().nonzero()[0]) * kind.itemsize
                 module = self.module_names[_module_at(window.start + bad, group)]
                 raise AdapterFormatError(
                     f"module {module!r} has NaN or infinite"
@@ -314,6 +323,8 @@ class SlotCopies:
 
     plan: TransferPlan
     grant: SlotGrant
+    known_finite: bool = False
+    """Whether a copy of the same version was checked for NaN and infinity."""
     streamed: bool = False
     """Whether a caller may wait for single layers."""
     copying: int = 0
@@ -338,7 +349,8 @@ class CopyRun:
 
     def group_copies(self) -> list[GroupCopy]:
         plan, grant = self.slot.plan, self.command.grant
-        rest = (grant.slot.index, self.image, self.command.warm)
+        known_finite = self.slot.known_finite
+        rest = (grant.slot.index, self.image, self.command.warm, known_finite)
         return [
             GroupCopy(self.reader, plan.groups[group], plan.dtype, grant.extents[group], *rest)
             for group in self.command.groups

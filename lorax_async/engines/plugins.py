@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax_async import layouts
+from lorax_async.adapters.weights_file import require_finite
 from lorax_async.config import GiB, Limits, StoreConfig, parse_size
 from lorax_async.errors import (
     ConfigError,
@@ -39,7 +40,7 @@ PREFIX = "LORAX_ASYNC_"
 NAMES = frozenset(
     {
         *("SOURCES", "ADAPTERS", "CACHE_DIR", "CACHE_BYTES", "HOST_BYTES", "TIMEOUT", "TOKEN"),
-        *("REVALIDATE", "ALLOW_STALE"),
+        *("REVALIDATE", "ALLOW_STALE", "CHECK_FINITE"),
     }
 )
 
@@ -64,6 +65,8 @@ class PluginSettings:
     """Seconds for which a source's answer counts: which version an id means, and access to it."""
     allow_stale: bool = False
     """While a source cannot be reached, use the version that it last named."""
+    check_finite: bool = True
+    """Refuse weights that are NaN or infinite: one such adapter ruins an engine's prefix cache."""
     token: str | None = field(default=None, repr=False)
     """The bearer token for http(s) sources; the hub has `HF_TOKEN`."""
 
@@ -96,8 +99,9 @@ class PluginSettings:
         for name in ("TIMEOUT", "REVALIDATE"):
             if name in given:
                 values[name.lower()] = _parse_seconds(name, given[name])
-        if "ALLOW_STALE" in given:
-            values["allow_stale"] = _parse_switch("ALLOW_STALE", given["ALLOW_STALE"])
+        for name in ("ALLOW_STALE", "CHECK_FINITE"):
+            if name in given:
+                values[name.lower()] = _parse_switch(name, given[name])
         settings = cls(**values)
         StoreConfig(**settings.store_settings())  # raises for values out of range
         return settings
@@ -194,12 +198,15 @@ def _parse_switch(name: str, text: str) -> bool:
 class BaseRequirements:
     """What adapters have to fit: the base's layout, if known, and the server's highest rank."""
 
-    def __init__(self, layout: ModelLayout | None, max_rank: int | None) -> None:
+    def __init__(
+        self, layout: ModelLayout | None, max_rank: int | None, *, check_finite: bool = True
+    ) -> None:
         self._layout = layout
         self._max_rank = max_rank
+        self._check_finite = check_finite
 
     def check(self, folder: Path) -> int:
-        """Return the bytes of an adapter's weights. Blocks briefly.
+        """Return the bytes of an adapter's weights. Blocks, while it reads them.
 
         Raise the `AdapterError` that says why it does not fit.
         """
@@ -216,6 +223,8 @@ class BaseRequirements:
             pair_tensors(header, spec, self._layout, limits)
         else:
             layouts.from_adapter(folder, limits=limits)  # they are pairs of its rank
+        if self._check_finite:
+            require_finite(folder)
         return nbytes
 
 

@@ -66,7 +66,7 @@ class ConfigField:
         raise AdapterFormatError(f"{WHAT}: {name!r} must be {self.meaning}, not {describe(value)}")
 
 
-_FLAG = ConfigField(_is(bool), "true or false")
+# PEFT tests these for truth: null is false.
 _SWITCH = ConfigField(_is(NoneType, bool), "null, true or false")
 _NAMES = ConfigField(_are_names, "null, a string or a list of strings")
 _OBJECT = ConfigField(_is(NoneType, dict), "null or an object")
@@ -97,8 +97,7 @@ FIELDS: Mapping[str, ConfigField] = {
         ),
         ConfigField(),
     ),
-    **dict.fromkeys(("use_rslora", "fan_in_fan_out"), _FLAG),
-    **dict.fromkeys(("use_dora", "lora_bias"), _SWITCH),
+    **dict.fromkeys(("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"), _SWITCH),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),
     "base_model_name_or_path": ConfigField(_is(NoneType, str), "null or a string"),
     "layers_to_transform": ConfigField(_are_indices, "null, an integer or a list of integers"),

@@ -62,15 +62,19 @@ class ModelLayout:
     `modules` may be given in any order; they are stored in layer order, stably sorted, and the
     position in this tuple indexes the device's tables. `dtype`, which the model computes in, is
     "F32", "F16" or "BF16". `backbone_prefix` is the prefix of the backbone's names in a model with
-    a head ("model."), or "". `base` is the model's folder or hub id, for errors; it is not
-    compared. Raise `ConfigError` for inconsistent values.
+    a head ("model."), or "". `text_prefixes` are, for a model of text and images, pairs of a prefix
+    in its text class and the same in this one ("model.", "model.language_model."). `base` is the
+    model's folder or hub id and `architecture` its class, for errors; they are not compared. Raise
+    `ConfigError` for inconsistent values.
     """
 
     modules: tuple[Module, ...]
     num_layers: int
     dtype: str = "BF16"
     backbone_prefix: str = ""
+    text_prefixes: tuple[tuple[str, str], ...] = ()
     base: str = field(default="", compare=False)
+    architecture: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.modules, key=lambda module: module.layer))
@@ -110,6 +114,7 @@ class ModelLayout:
     def fingerprint(self) -> str:
         """The first 16 hexadecimal digits of a SHA-256 over every field, equal in every process."""
         words = [str(self.num_layers), self.dtype, self.backbone_prefix]
+        words += [word for pair in self.text_prefixes for word in pair]
         for m in self.modules:
             words += [ascii(m.name), str(m.in_features), str(m.out_features), str(m.layer)]
             words += [m.parallel.value, str(m.transposed), str(m.embedding)]
@@ -141,11 +146,17 @@ class ModelLayout:
         """Return the position of the module that an adapter calls `path`, or None.
 
         An adapter trained on the bare backbone omits the prefix (`layers.0…` for
-        `model.layers.0…`); an exact match comes first.
+        `model.layers.0…`), and one trained on the text class of a model of text and images has that
+        one's; an exact match comes first.
         """
         index = self._index
         found = index.get(path)
-        return index.get(self.backbone_prefix + path) if found is None else found
+        if found is None:
+            found = index.get(self.backbone_prefix + path)
+        for text, own in self.text_prefixes if found is None else ():
+            if found is None and path.startswith(text):
+                found = index.get(own + path.removeprefix(text))
+        return found
 
 
 def _ends_with(path: str, name: str) -> bool:

@@ -324,9 +324,10 @@ def _describe_bases(tensors: Sequence[TensorSpan], spec: AdapterSpec, layout: Mo
         repr(shorten(name, 100)) if name else "a base without a name"
         for name in (spec.base_model, layout.base)
     )
+    known = f"{layout.architecture}, " if layout.architecture else ""
     return (
         f"by its config the adapter is for {trained} (it has layers up to {max(layers)}, width"
-        f" {_most_common(widths)}); this loader serves {served} (layers up to"
+        f" {_most_common(widths)}); this loader serves {served} ({known}layers up to"
         f" {layout.num_layers - 1}, width {_most_common(own)})"
     )
 

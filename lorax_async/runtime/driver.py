@@ -392,6 +392,7 @@ class Driver:
             self.telemetry.publish(event)
         if occupancy.complete:
             self.telemetry.count("loads")
+            self.lease_table.note_copied(command.key)
             self._publish(Resident, command.key, slot=slot)
             life = self.lifecycle.states.get(command.key)
             # After `Resident`, which alone would cancel it.

@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -24,6 +25,9 @@ from lorax_async.lifecycle.lifecycle import Lifecycle
 from lorax_async.planning.transfer_plan import TransferPlan
 from lorax_async.sources.base import Source
 from lorax_async.types import AdapterKey, Ref, Verification, expected_digest
+
+_MAX_COPIED = 4_096
+"""The limit of versions whose weights are known to be finite."""
 
 
 class AdapterVectors:
@@ -278,6 +282,7 @@ class LeaseTable:
     lease_quiet: Callable[[Lease], None]
     leases: dict[AdapterKey, set[Lease]] = field(default_factory=dict, init=False)
     occupancies: dict[AdapterKey, SlotOccupancy] = field(default_factory=dict, init=False)
+    _copied: OrderedDict[AdapterKey, None] = field(default_factory=OrderedDict, init=False)
 
     def occupy(
         self, key: AdapterKey, grant: SlotGrant, plan: TransferPlan, verified: Verification | None
@@ -286,7 +291,15 @@ class LeaseTable:
         occupancy = self.occupancies[key] = SlotOccupancy(
             key, grant, plan, self.num_layers, verified, lambda: life.has_arrived
         )
+        occupancy.known_finite = key in self._copied
         return occupancy
+
+    def note_copied(self, key: AdapterKey) -> None:
+        """Remember that all weights of this version are on the device, and so were checked."""
+        self._copied[key] = None
+        self._copied.move_to_end(key)
+        if len(self._copied) > _MAX_COPIED:
+            self._copied.popitem(last=False)
 
     def vacate(self, key: AdapterKey) -> None:
         self.occupancies.pop(key).vectors = None

@@ -189,6 +189,17 @@ def test_inspect_goes_on_after_each_problem(tmp_path: Path, capsys: Capture) -> 
     assert [(t["name"], t["ranks"], t["scales"]) for t in found["targets"]] == [("q_proj", [8], [])]
 
 
+def test_inspect_finds_weights_that_ruin_a_server(tmp_path: Path, capsys: Capture) -> None:
+    tensors = query(0)
+    first = next(iter(tensors.values()))
+    first.view(-1)[-1] = float("nan")
+    path = adapter(tmp_path / "nan", tensors)
+    assert main(["inspect", path, "--json"]) == 2
+    (problem,) = output(capsys)["problems"]
+    assert problem["error"] == "AdapterFormatError"
+    assert "NaN" in problem["text"]
+
+
 def test_a_strangers_text_reaches_no_terminal_as_it_is(tmp_path: Path, capsys: Capture) -> None:
     hostile = "\x1b[31m\x9b31m\u202e[bold]:bomb:"
     tensors = {f"model.layers.{n}.norm.weight": torch.ones(2) for n in range(25)}

@@ -11,12 +11,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
+import torch
 from event_loops import until
 from hub_stand_in import ADAPTER, HubStandIn
 from leaks import open_files
+from safetensors.torch import save_file
 from vllm_doubles import Engine, Lora, LoRARequest, serving, settings
 
 from lorax_async import AdapterRef, AdapterStore, ConfigError, LoraxError, StoreConfig
+from lorax_async.engines.plugins import BaseRequirements
 from lorax_async.engines.vllm.notices import receive_notices, send_notice
 from lorax_async.engines.vllm.plugin import notice_host
 from lorax_async.engines.vllm.worker import (
@@ -25,6 +29,7 @@ from lorax_async.engines.vllm.worker import (
     WorkerExtension,
     unexpected_interface,
 )
+from lorax_async.errors import AdapterFormatError
 from lorax_async.ids import parse_allowed_ref
 from vllm_stage import write_adapter
 
@@ -108,6 +113,21 @@ def test_an_alias_may_be_a_pull_request() -> None:
     assert ref is not None
     assert parse_allowed_ref(ref, given.store_settings()["allow"]).revision == "refs/pr/1"
     assert given.find("org/name@refs/pr/1") is None, "an id in a request is another matter"
+
+
+def test_weights_that_would_ruin_an_engine_are_refused(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+    size = BaseRequirements(None, None).check(folder)
+    content = tiny.tensors(0, 4, torch.float32)
+    list(content.values())[-1].view(-1)[-1] = torch.nan
+    save_file(content, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterFormatError, match="NaN or infinite"):
+        BaseRequirements(None, None).check(folder)
+    assert BaseRequirements(None, None, check_finite=False).check(folder) == size
+    assert [settings(**given).check_finite for given in ({}, {"CHECK_FINITE": "0"})] == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ WRONG: dict[str, list[object]] = {
     "lora_alpha": [True, "16", None, [], {}],
     "rank_pattern": [[], "q", {"q": 0}, {"q": 2.0}, {"q": True}],
     "alpha_pattern": [1, {"q": None}, {"q": "1"}, {"q": False}],
-    "use_rslora": [1, "true", None],
+    "use_rslora": [1, "true"],
     "fan_in_fan_out": [0],
     "use_dora": [1, "true", [], ""],
     "lora_bias": [0, "none", {}],

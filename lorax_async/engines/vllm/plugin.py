@@ -119,7 +119,9 @@ class ServerPlugin:
 
         def read_base() -> BaseRequirements:
             return BaseRequirements(
-                read_layout(config.model_config), config.lora_config.max_lora_rank
+                read_layout(config.model_config),
+                config.lora_config.max_lora_rank,
+                check_finite=settings.check_finite,
             )
 
         served = ServedAdapters(settings, store, engine, models, read_base)
