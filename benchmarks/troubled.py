@@ -58,7 +58,7 @@ class TroubledSource:
         reader = self._inner.reopen(key)
         return FailingReader(reader) if key.location == self._failing else reader
 
-    async def bring(
+    async def fetch_groups(
         self,
         file: AdapterFile,
         groups: Sequence[Sequence[ByteSpan]],
@@ -69,7 +69,7 @@ class TroubledSource:
             while not control.cancelled:  # noqa: ASYNC110 - it is a threading.Event
                 await asyncio.sleep(_POLL_SECONDS)
             self._stalling.discard(id(file.reader))
-        return await self._inner.bring(file, groups, arrived, control)
+        return await self._inner.fetch_groups(file, groups, arrived, control)
 
     async def digest(self, key: AdapterKey) -> str:
         return await self._inner.digest(key)

@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 
-Step = Literal["resolve", "open", "bring", "verify", "digest", "read", "populate"]
+Step = Literal["resolve", "open", "fetch_groups", "verify", "digest", "read", "populate"]
 
 _POLL_SECONDS = 0.001
 _CHANGED = "the adapter has changed; load it again"
@@ -72,7 +72,7 @@ class SourceCounts:
     resolves: int = 0
     opens: int = 0
     reopens: int = 0
-    brings: int = 0
+    fetches: int = 0
     populates: int = 0
     digests: int = 0
     bytes_read: int = 0
@@ -187,7 +187,7 @@ class FakeSource:
         self.holdable = holdable
         self.counts = SourceCounts()
         self.verifications: dict[str, Verification] = {}
-        """What `bring` returns, by id; `UNCHECKED` by default."""
+        """What `fetch_groups` returns, by id; `UNCHECKED` by default."""
         self._lock = Lock()
         self._numbers = count(1)
         self._current: dict[str, FakeVersion] = {}
@@ -215,14 +215,14 @@ class FakeSource:
         self._allowed[id] = set()
 
     def allow(self, id: str, *groups: int) -> None:
-        """Release these groups, as indices into `bring`'s `groups`; all if none is given."""
+        """Release these groups, as indices into `fetch_groups`'s `groups`; all if none is given."""
         if not groups:
             self._allowed.pop(id, None)
         elif id in self._allowed:
             self._allowed[id].update(groups)
 
     def hold_verification(self, id: str) -> None:
-        """Hold back the return of `bring` for `id` until `allow_verification` releases it."""
+        """Hold back the result of `fetch_groups` for `id` until `allow_verification`."""
         self._unverified.add(id)
 
     def allow_verification(self, id: str) -> None:
@@ -233,8 +233,8 @@ class FakeSource:
     ) -> None:
         """Raise `error` at the next `times` such steps, of `id` or of any adapter.
 
-        `at` is the group that does not arrive ("bring") or the byte that cannot be read ("read").
-        "verify" follows the last group; its failure discards all bytes.
+        `at` is the group that does not arrive ("fetch_groups") or the byte that cannot be read
+        ("read"). "verify" follows the last group; its failure discards all bytes.
         """
         self._failures.append(_Failure(step, error, id, at, times))
 
@@ -260,17 +260,17 @@ class FakeSource:
         self.counts.reopens += 1
         return self._reader(self._versions[key])
 
-    async def bring(
+    async def fetch_groups(
         self,
         file: AdapterFile,
         groups: Sequence[Sequence[ByteSpan]],
         arrived: Callable[[int], None],
         control: FetchControl,
     ) -> Verification:
-        self.counts.brings += 1
+        self.counts.fetches += 1
         reader = file.reader
         if not isinstance(reader, FakeReader):
-            raise InternalError(f"a fake source cannot bring the bytes of a {type(reader)}")
+            raise InternalError(f"a fake source cannot fetch the bytes of a {type(reader)}")
         version = reader.version
         for group, spans in enumerate(groups):
             await self._wait_for_group(version, group, control)
@@ -331,7 +331,7 @@ class FakeSource:
             if left <= 0 and group in self._allowed.get(version.id, (group,)):
                 break
             await asyncio.sleep(max(_POLL_SECONDS, min(left, 10 * _POLL_SECONDS)))
-        self._maybe_fail("bring", version.id, group, group + 1)
+        self._maybe_fail("fetch_groups", version.id, group, group + 1)
         self._require_current(version)
 
     def _require_demand(self, control: FetchControl) -> None:

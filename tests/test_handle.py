@@ -116,7 +116,7 @@ async def test_a_failure_reaches_all_who_wait(tmp_path: Path) -> None:
         async with there.stream("a", timeout=10) as handle:
             await handle.layer_ready(0)
             waits = await both_wait(handle)
-            source.fail("bring", error, at=3)
+            source.fail("fetch_groups", error, at=3)
             source.allow("a")
             ends = await asyncio.gather(*waits, return_exceptions=True)
             assert len({id(error), *map(id, ends)}) == 3

@@ -428,7 +428,7 @@ async def test_a_cancelled_caller_leaves_the_others_their_answer(tmp_path: Path)
         assert (source.counts.resolves, resolving.cancelled) == (1, 1)
 
 
-@pytest.mark.parametrize("step", ["resolve", "open", "bring"])
+@pytest.mark.parametrize("step", ["resolve", "open", "fetch_groups"])
 @pytest.mark.parametrize(
     ("short", "named"),
     [

@@ -176,7 +176,7 @@ async def test_a_slot_leaves_also_after_its_last_layer(tmp_path: Path) -> None:
 
 async def test_a_load_that_fails_or_is_cancelled_has_its_ends(tmp_path: Path) -> None:
     source = stocked(tmp_path, "broken", "closed", "torn", "held")
-    source.fail("bring", errors.FetchError("the line is down"), id="broken", at=1)
+    source.fail("fetch_groups", errors.FetchError("the line is down"), id="broken", at=1)
     source.fail("open", errors.FetchError("the source is down"), id="closed")
     source.fail("read", errors.FetchError("the file is torn"), id="torn", at=5_000)
     source.hold("held")

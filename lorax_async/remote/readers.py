@@ -87,8 +87,8 @@ class _Gate:
 class FetchReader(CountedReader):
     """The `Reader` of a download whose config and headers are here; publication gives it an entry.
 
-    Its owner calls `bring` or `refuse` once, or only `close`, which ends the download too; the
-    first of them calls `on_take`. `file` is that of the weights, which began as `fetched`. A
+    Its owner calls `fetch_groups` or `refuse` once, or only `close`, which ends the download too;
+    the first of them calls `on_take`. `file` is that of the weights, which began as `fetched`. A
     `resumable` download may be resumed after it failed: the version names the bytes. With
     `layers_first` hashing takes no core from receiving and copying them. It closes `confirmation`.
     """
@@ -131,7 +131,7 @@ class FetchReader(CountedReader):
         """
         return self.nbytes - size_of(self._file.missing()), self.nbytes
 
-    async def bring(
+    async def fetch_groups(
         self, groups: Groups, arrived: Callable[[int], None], control: FetchControl
     ) -> CacheEntry:
         """Download all files, the groups' bytes first; check digests, publish, return the entry.
@@ -180,7 +180,7 @@ class FetchReader(CountedReader):
         await self._workers.finish(partial(self._leave, error))
 
     def close(self) -> None:
-        """Close it. Without `bring` what arrived stays for the next download. Quick."""
+        """Close it. Without `fetch_groups` what arrived stays for the next download. Quick."""
         if self._closed:
             return
         self._closed = True

@@ -113,7 +113,7 @@ class RemoteSource:
 
         return ReopenedReader(open)
 
-    async def bring(
+    async def fetch_groups(
         self,
         file: AdapterFile,
         groups: Sequence[Sequence[ByteSpan]],
@@ -122,11 +122,11 @@ class RemoteSource:
     ) -> Verification:
         reader = file.reader
         if isinstance(reader, FetchReader):
-            entry = await reader.bring(groups, arrived, control)
+            entry = await reader.fetch_groups(groups, arrived, control)
             self._see(reader.key, entry)
             return self._verification(entry)
         if not isinstance(reader, EntryReader):
-            raise InternalError(f"a remote source cannot bring the bytes of a {type(reader)}")
+            raise InternalError(f"a remote source cannot fetch the bytes of a {type(reader)}")
         if control.cancelled:
             raise unwanted_error()
         if self._verify == "always" or not (self._verify == "none" or reader.entry.is_verified):

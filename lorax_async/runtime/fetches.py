@@ -347,7 +347,7 @@ class FetchTasks:
         joined = partial(loop.call_soon, report)  # a caller that joins may stream
         with self.telemetry.tracer.span("files", None, "fetch", key), control.watch(joined):
             try:
-                verification = await self.source.bring(file, spans, group_fetched, control)
+                verification = await self.source.fetch_groups(file, spans, group_fetched, control)
             except BaseException:
                 fetched.clear()  # a `report` that is still due must not follow the failure
                 raise

@@ -314,7 +314,7 @@ class FolderLeases:
             file = await source.open(key, fetch.control)
             fetch.reader = file.reader
             # No layer groups: fetch the whole file in the fastest order.
-            verification = await source.bring(file, (), lambda _: None, fetch.control)
+            verification = await source.fetch_groups(file, (), lambda _: None, fetch.control)
             return _CheckedFolder(source.folder(key, file.reader), verification, file.reader)
         except BaseException:
             if fetch.reader is not None:

@@ -1,6 +1,6 @@
 """Sources: one interface, local folders, tensors in memory.
 
-A source resolves an id to a key, opens the files of that key and brings their bytes within reach,
+A source resolves an id to a key, opens the files of that key and fetches their bytes,
 layer group by layer group. May import `formats`, `planning`, `files`, `ids`, `cache` and
 `remote.readers`, not the runtime.
 

@@ -1,4 +1,4 @@
-"""The interface of a source: resolve an id, open its files, bring their bytes; and the router."""
+"""The interface of a source: resolve an id, open its files, fetch their bytes; and the router."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Source(Protocol):
         Quick: the first read opens the file, and checks it as `open` does.
         """
 
-    async def bring(
+    async def fetch_groups(
         self,
         file: AdapterFile,
         groups: Sequence[Sequence[ByteSpan]],
@@ -106,7 +106,7 @@ class Source(Protocol):
         """
 
     async def digest(self, key: AdapterKey) -> str:
-        """Return the sha256 of weights that were brought, as `Verification.digest` has it.
+        """Return the sha256 of weights that were fetched, as `Verification.digest` has it.
 
         Raise as `open` does.
         """
@@ -127,10 +127,10 @@ class StoredFolder(NamedTuple):
 
 @runtime_checkable
 class FolderSource(Source, Protocol):
-    """A `Source` that brings adapters as files in a folder of this machine."""
+    """A `Source` that stores adapters as files in a folder of this machine."""
 
     def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:
-        """Return the folder of an adapter that was brought. Quick.
+        """Return the folder of an adapter that was fetched. Quick.
 
         Its files stay until `reader` is closed; outside the disk cache, their owner may still
         remove them.
@@ -169,7 +169,7 @@ class SourceRouter:
     def reopen(self, key: AdapterKey) -> Reader:
         return self._of(key).reopen(key)
 
-    async def bring(
+    async def fetch_groups(
         self,
         file: AdapterFile,
         groups: Sequence[Sequence[ByteSpan]],
@@ -177,7 +177,7 @@ class SourceRouter:
         control: FetchControl,
     ) -> Verification:
         assert file.key is not None, "it was opened here"
-        return await self._of(file.key).bring(file, groups, arrived, control)
+        return await self._of(file.key).fetch_groups(file, groups, arrived, control)
 
     def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:
         source = self._of(key)

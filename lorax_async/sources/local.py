@@ -128,7 +128,7 @@ class LocalSource:
     def reopen(self, key: AdapterKey) -> Reader:
         return _reader(key, _open_known)
 
-    async def bring(
+    async def fetch_groups(
         self,
         file: AdapterFile,
         groups: Sequence[Sequence[ByteSpan]],  # noqa: ARG002 - the port's

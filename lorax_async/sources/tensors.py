@@ -228,7 +228,7 @@ class MemorySource:
         copy = self.copies.get(key)
         return CopyReader(None, _gone_error()) if copy is None else copy.open()
 
-    async def bring(
+    async def fetch_groups(
         self,
         file: AdapterFile,  # noqa: ARG002 - the port's
         groups: Sequence[Sequence[ByteSpan]],  # noqa: ARG002 - the port's

@@ -110,7 +110,7 @@ async def test_an_adapter_that_ends_takes_out_its_own_rows(
     small: Any, source: FakeSource, waits: list[Call], ends: str
 ) -> None:
     if ends != "is released":
-        source.fail("bring", FetchError("the line is down"), id="cold", at=1)
+        source.fail("fetch_groups", FetchError("the line is down"), id="cold", at=1)
     async with streaming(small, source) as (attached, warm, cold):
         rows: list[Any] = [cold, warm, None, cold]
         if ends == "failed before":
@@ -198,7 +198,7 @@ async def test_nobody_is_waited_for_on_the_loops_thread(small: Any, source: Fake
 async def test_without_a_budget_a_pass_raises_what_ended_its_adapter(
     small: Any, source: FakeSource, waits: list[Call], released: bool
 ) -> None:
-    source.fail("bring", FetchError("the line is down"), id="cold", at=1)
+    source.fail("fetch_groups", FetchError("the line is down"), id="cold", at=1)
     async with streaming(small, source) as (attached, warm, cold):
         with attached.batch([warm, cold]):
             passing, layer = forward(small, 2), asyncio.create_task(cold.layer_ready(1))
@@ -248,7 +248,7 @@ async def test_one_late_for_itself_is_let_go(
     small: Any, source: FakeSource, waits: list[Call]
 ) -> None:
     """Its error is of the kind that a look in vain raises, too."""
-    source.fail("bring", AdapterTimeoutError("too late for itself"), id="cold", at=1)
+    source.fail("fetch_groups", AdapterTimeoutError("too late for itself"), id="cold", at=1)
     async with streaming(small, source, timeout=1000.0) as (attached, _, cold):
         with attached.batch([cold], budget=0.0) as gate:
             passing = forward(small, 1)

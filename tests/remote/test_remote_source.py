@@ -100,7 +100,7 @@ async def test_a_stale_answer_is_for_callers_without_a_token_or_public(world: Re
 async def fetch_into_cache(world: RemoteWorld, ref: AdapterRef) -> None:
     """Fetch the adapter that `ref` names into the cache."""
     file = await world.source.open(await world.source.resolve(ref), FetchControl())
-    await world.source.bring(file, [], lambda _: None, FetchControl())
+    await world.source.fetch_groups(file, [], lambda _: None, FetchControl())
     file.reader.close()
 
 
@@ -144,7 +144,7 @@ async def test_groups_are_reported_on_the_loop(world: RemoteWorld) -> None:
         told.append((group, current_thread()))
 
     groups = [[ByteSpan(0, half)], [ByteSpan(half, nbytes)]]
-    await world.source.bring(file, groups, note, FetchControl())
+    await world.source.fetch_groups(file, groups, note, FetchControl())
     assert told == [(0, current_thread()), (1, current_thread())]
     file.reader.close()
 
@@ -152,7 +152,9 @@ async def test_groups_are_reported_on_the_loop(world: RemoteWorld) -> None:
 async def test_a_reader_closed_meanwhile_keeps_nothing(world: RemoteWorld) -> None:
     world.stock()
     file = await opened(world)
-    bringing = asyncio.create_task(world.source.bring(file, [], lambda _: None, FetchControl()))
+    bringing = asyncio.create_task(
+        world.source.fetch_groups(file, [], lambda _: None, FetchControl())
+    )
     await asyncio.sleep(0)
     file.reader.close()
     await bringing
@@ -251,7 +253,7 @@ async def bringing_begun(
     how: Any = {"resumable": True, "layers_first": False, "on_take": lambda: None}
     fetch = FetchReader(*given, **how, confirmation=Confirmation(None, list))
     groups = [[ByteSpan(8, 28)]]
-    bringing = asyncio.create_task(fetch.bring(groups, lambda _: None, FetchControl()))
+    bringing = asyncio.create_task(fetch.fetch_groups(groups, lambda _: None, FetchControl()))
     await until(lambda: len(begun) == 2)
     return bringing, *begun
 

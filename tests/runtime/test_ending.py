@@ -371,11 +371,11 @@ async def test_copies_that_end_at_the_same_moment_are_both_counted(monkeypatch: 
 
 
 class FailsAtOnce(FakeSource):
-    """Its first `bring` ends in the turn of the loop in which a group has arrived."""
+    """Its first `fetch_groups` ends in the turn of the loop in which a group has arrived."""
 
-    async def bring(self, file: AdapterFile, groups: Any, arrived: Any, control: Any) -> Any:
+    async def fetch_groups(self, file: AdapterFile, groups: Any, arrived: Any, control: Any) -> Any:
         if self.counts.opens > 1:
-            return await super().bring(file, groups, arrived, control)
+            return await super().fetch_groups(file, groups, arrived, control)
         arrived(0)
         raise errors.FetchError("ordered")
 

@@ -102,7 +102,7 @@ async def test_nobody_waits_for_the_network_of_a_prefetch(tmp_path: Path) -> Non
         source.hold("slow")
         source.allow("slow", 0)
         hint = there.prefetch("slow")
-        await until(lambda: source.counts.brings == 1)
+        await until(lambda: source.counts.fetches == 1)
         (await there.load("here", timeout=20)).release()
         assert not hint.done
         async with there.stream("slow", timeout=20) as handle:
@@ -112,14 +112,14 @@ async def test_nobody_waits_for_the_network_of_a_prefetch(tmp_path: Path) -> Non
             await handle.layer_ready(3)
             tiny.assert_equal_to_file(handle, tmp_path / "slow")
         await hint
-        assert source.counts.brings == 2
+        assert source.counts.fetches == 2
 
 
 async def test_its_errors_are_in_the_order_of_the_ids(tmp_path: Path) -> None:
     source = stocked(tmp_path, "good", "late")
     async with over(source) as there:
         source.hold("late")
-        source.fail("bring", errors.FetchError("the wire broke"), id="late", at=3)
+        source.fail("fetch_groups", errors.FetchError("the wire broke"), id="late", at=3)
         hint = there.prefetch(["good", "late", "missing"])
         await until(lambda: hint.errors)
         assert list(hint.errors) == ["missing"]
@@ -154,7 +154,7 @@ async def test_cancelling_a_prefetch_ends_nothing_of_others(tmp_path: Path) -> N
             source.hold(name)
         hint = there.prefetch(["shared", "alone", "arrived"])
         load = asyncio.create_task(there.load("shared"))
-        await until(lambda: state(there, "arrived") == "resident" and source.counts.brings == 3)
+        await until(lambda: state(there, "arrived") == "resident" and source.counts.fetches == 3)
         hint.cancel()
         await until(lambda: state(there, "alone") == "nowhere")
         await hint
@@ -164,7 +164,7 @@ async def test_cancelling_a_prefetch_ends_nothing_of_others(tmp_path: Path) -> N
         source.allow("shared")
         async with await load as handle:
             tiny.assert_equal_to_file(handle, tmp_path / "shared")
-        assert source.counts.brings == 3
+        assert source.counts.fetches == 3
         hint.cancel()  # what is over stays as it is
         await hint
 
@@ -180,7 +180,7 @@ async def test_a_waiter_that_is_cancelled_ends_nothing(tmp_path: Path) -> None:
             assert "in use" not in caught.problem, "it waited for bytes, not for a slot"
             await until(lambda: state(there, "a") == "nowhere")
         hint = there.prefetch("a", timeout=20)
-        await until(lambda: source.counts.brings == 4)
+        await until(lambda: source.counts.fetches == 4)
         await fails(asyncio.wait_for(hint, 0.01), TimeoutError)
         assert not hint.done
         source.allow("a")
@@ -200,7 +200,9 @@ async def test_close_ends_a_prefetch_wherever_it_is(tmp_path: Path) -> None:
         lease = await there.load("leased")
         source.hold("on the wire")
         hints = [there.prefetch("on the wire"), there.prefetch("in the queue")]
-        await until(lambda: state(there, "in the queue") == "present" and source.counts.brings == 3)
+        await until(
+            lambda: state(there, "in the queue") == "present" and source.counts.fetches == 3
+        )
         hints += [there.prefetch(["just begun", lease.key, "leased"])]
         await asyncio.wait_for(there.close(timeout=0), 20)
         found = [item for hint in hints for item in hint.errors.items()]

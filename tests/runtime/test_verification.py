@@ -64,7 +64,7 @@ async def test_a_verification_lasts_as_long_as_the_adapter_is_known(tmp_path: Pa
             async with await there.load(name) as handle:
                 found = await handle.verified()
                 assert found.kind == ("git-sha1" if name == "a" else "none")
-        assert source.counts.brings == 2
+        assert source.counts.fetches == 2
         assert there.try_acquire("b") is None
         async with acquired(there, "a") as handle:
             assert (await handle.verified()).kind == "git-sha1"
@@ -83,7 +83,7 @@ async def test_before_use_all_is_checked_before_a_copy(tmp_path: Path) -> None:
 
     async with there:
         using = [asyncio.create_task(use(id)) for id in ("a", "false")]
-        await until(lambda: source.counts.brings == 2)
+        await until(lambda: source.counts.fetches == 2)
         await asyncio.sleep(0.02)
         assert device.copies == 0
         told_false(source, "false")
@@ -296,7 +296,7 @@ async def test_every_use_of_false_bytes_fails(tmp_path: Path) -> None:
         tiny.assert_equal_to_file(other, tmp_path / "other")
         async with await there.load("a") as again:
             tiny.assert_equal_to_file(again, tmp_path / "a")
-        assert source.counts.brings == 3, "nothing of it was kept"
+        assert source.counts.fetches == 3, "nothing of it was kept"
 
 
 async def test_false_bytes_are_zeroed_before_their_slot_is_free(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ async def test_a_slot_in_which_nothing_comes_is_given_to_others(
         clock.pass_until(1001.0)
         assert [rows(await step(scheduler))[0][0] for _ in others] == list(others)
         if torn:
-            source.fail("bring", FetchError("torn"), id="stalls")
+            source.fail("fetch_groups", FetchError("torn"), id="stalls")
         source.allow("stalls")
         if torn:
             await fails(asyncio.wait_for(stalled, 5), FetchError, "torn")

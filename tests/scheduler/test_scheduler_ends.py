@@ -87,7 +87,7 @@ async def test_next_batch_cancelled_at_every_await_loses_nothing(tmp_path: Path)
         assert number >= 2
 
 
-@pytest.mark.parametrize("step_", ["resolve", "open", "bring", "verify", "read"])
+@pytest.mark.parametrize("step_", ["resolve", "open", "fetch_groups", "verify", "read"])
 async def test_a_failing_adapter_fails_its_requests_and_no_other(
     tmp_path: Path, step_: Any
 ) -> None:

@@ -216,7 +216,7 @@ async def test_neither_the_disk_nor_a_long_list_holds_the_loop(monkeypatch: Patc
 
 async def test_a_failure_stands_in_the_story_with_its_error(tmp_path: Path) -> None:
     source = stocked(tmp_path, "org/a")
-    source.fail("bring", FetchError("the line was cut", retryable=False))
+    source.fail("fetch_groups", FetchError("the line was cut", retryable=False))
     async with serving(loader=over(source)) as world:
         await fails(world.service.loader.load("org/a"), FetchError)
         (await world.service.loader.load("org/a")).release()

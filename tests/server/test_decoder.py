@@ -316,7 +316,7 @@ async def test_answers_are_generates_while_adapters_come(small: Any, adapters: l
     for name, folder in (("most", adapters[0]), ("some", adapters[1]), ("lost", adapters[1])):
         source.put(name, *tiny.files(folder))
     source.hold("most")
-    source.fail("bring", FetchError("the line is down", retryable=False), id="lost", at=1)
+    source.fail("fetch_groups", FetchError("the line is down", retryable=False), id="lost", at=1)
     with active(copy.deepcopy(small), most=adapters[0], some=adapters[1]) as peft_model:
         expected = [generated(peft_model, name, prompt, 8) for name, prompt in wanted]
         expected_long = [generated(peft_model, "most", [n, 2, 3], 24) for n in range(4)]

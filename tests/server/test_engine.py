@@ -87,7 +87,9 @@ async def test_what_waits_is_counted_until_something_of_it_was_computed(source: 
 
 @pytest.mark.each_loop
 async def test_an_adapter_that_fails_or_is_late_fails_its_own_answers(source: FakeSource) -> None:
-    source.fail("bring", errors.FetchError("the line is down", retryable=False), id="a", at=1)
+    source.fail(
+        "fetch_groups", errors.FetchError("the line is down", retryable=False), id="a", at=1
+    )
     source.hold("c")
     async with generating(source) as (engine, _, __):
         names = ("a", "missing", "b", None)

@@ -549,7 +549,7 @@ async def hashed(
 ) -> Verification:
     file, control = await world.source.open(key, FetchControl()), control or FetchControl()
     with closing(file.reader):
-        return await world.source.bring(file, groups_of(CONTENT), lambda *_: None, control)
+        return await world.source.fetch_groups(file, groups_of(CONTENT), lambda *_: None, control)
 
 
 def before_reads(monkeypatch: Patch, act: Callable[[int], None]) -> list[None]:
@@ -565,13 +565,16 @@ def before_reads(monkeypatch: Patch, act: Callable[[int], None]) -> list[None]:
     return reads
 
 
-@pytest.mark.parametrize("call", ["bring", "digest"])
+@pytest.mark.parametrize("call", ["fetch_groups", "digest"])
 @pytest.mark.parametrize("piece", [0, 2])
 async def test_changes_while_hashed(
     hashes: LocalWorld, monkeypatch: Patch, call: str, piece: int
 ) -> None:
     """Also by other bytes of the same length, put in their place."""
-    key, first = await key_of(hashes), 1 if call == "bring" else 0  # opening reads the header
+    key, first = (
+        await key_of(hashes),
+        1 if call == "fetch_groups" else 0,
+    )  # opening reads the header
 
     def change(number: int) -> None:
         if number == first + piece:
@@ -581,7 +584,7 @@ async def test_changes_while_hashed(
 
     before_reads(monkeypatch, change)
     with pytest.raises(errors.IntegrityError, match="changed or replaced meanwhile"):
-        await (hashed(hashes, key) if call == "bring" else hashes.source.digest(key))
+        await (hashed(hashes, key) if call == "fetch_groups" else hashes.source.digest(key))
 
 
 async def test_a_digest_stays_the_same(hashes: LocalWorld, monkeypatch: Patch) -> None:

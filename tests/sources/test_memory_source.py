@@ -73,7 +73,7 @@ async def test_tensors_are_opened_like_a_file(world: World) -> None:
     control = FetchControl()
     control.cancel()
     with pytest.raises(errors.FetchError, match="no caller waits"):
-        await world.source.bring(file, groups_of(content), lambda _: None, control)
+        await world.source.fetch_groups(file, groups_of(content), lambda _: None, control)
     world.copies.drop(key)
     assert read(again, 0, len(content)) == content, "open readers stay valid"
     beyond = ByteSpan(len(content) - 20, len(content) - 16, 3, 9)

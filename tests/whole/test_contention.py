@@ -267,7 +267,7 @@ class World:
         self.source.allow(id, *groups)
 
     def fail_source(self, id: str, step: SourceStep, layer: int) -> None:
-        at = 4096 * layer if step == "read" else layer if step == "bring" else 0
+        at = 4096 * layer if step == "read" else layer if step == "fetch_groups" else 0
         self.source.fail(step, FetchError(f"the source was {TOLD}"), id=id, at=at)
 
     def replace(self, id: str) -> None:
@@ -339,7 +339,7 @@ ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
     "layer": _layers,
     "groups": st.lists(_layers, max_size=1),
     "at_once": st.booleans(),
-    "step": st.sampled_from(["resolve", "open", "bring", "verify", "read", "populate"]),
+    "step": st.sampled_from(["resolve", "open", "fetch_groups", "verify", "read", "populate"]),
     "later": st.integers(0, 5),
     "seconds": st.sampled_from([0.0, 0.001]),
     "milliseconds": st.integers(1, 8),

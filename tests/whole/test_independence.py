@@ -88,7 +88,7 @@ def stocked(folders: dict[str, tuple[bytes, bytes]]) -> FakeSource:
         source.put(name, *files)
     source.hold("stalled")
     source.allow("stalled", 0, 1)
-    source.fail("bring", errors.FetchError("ordered"), id="unfetched", at=3)
+    source.fail("fetch_groups", errors.FetchError("ordered"), id="unfetched", at=3)
     middle = len(folders["unread"][1]) // 2
     source.fail("read", errors.FetchError("ordered"), id="unread", at=middle)
     return source

@@ -242,7 +242,8 @@ each_error = pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__na
 
 SOURCE_STEPS: dict[tuple[Step, int], tuple[str, ...]] = {
     **dict.fromkeys(
-        (("resolve", 0), ("open", 0), ("bring", 0), ("bring", 2), ("verify", 0)), VERBS
+        (("resolve", 0), ("open", 0), ("fetch_groups", 0), ("fetch_groups", 2), ("verify", 0)),
+        VERBS,
     ),
     **dict.fromkeys((("read", 0), ("read", 2)), DEVICE_VERBS),
     ("populate", 0): HOST_VERBS,

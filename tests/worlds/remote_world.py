@@ -114,7 +114,7 @@ class Steps:
 
     def __init__(self, source: Source) -> None:
         self.expect(0, lambda: None)
-        for name in ("resolve", "open", "bring"):
+        for name in ("resolve", "open", "fetch_groups"):
             setattr(source, name, partial(self._stepped, getattr(source, name)))
 
     def expect(self, number: int, act: Callable[[], object]) -> None:
@@ -146,7 +146,7 @@ class CachedSource(ToldSource):
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         key = await super().resolve(ref)
         file = await self.open(key, FetchControl())
-        await self.bring(file, [], lambda _: None, FetchControl())
+        await self.fetch_groups(file, [], lambda _: None, FetchControl())
         file.reader.close()
         return key
 
@@ -273,7 +273,7 @@ async def opened(
 
 async def brought(world: RemoteWorld, name: str = "one") -> AdapterFile:
     file = await opened(world, name)
-    await world.source.bring(file, [], lambda _: None, FetchControl())
+    await world.source.fetch_groups(file, [], lambda _: None, FetchControl())
     return file
 
 

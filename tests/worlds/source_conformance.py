@@ -46,7 +46,7 @@ async def resolved(world: World, content: bytes, config: bytes = CONFIG) -> Adap
 
 
 async def bring_all(source: Source, file: AdapterFile, content: bytes) -> None:
-    await source.bring(file, groups_of(content), lambda _: None, FetchControl())
+    await source.fetch_groups(file, groups_of(content), lambda _: None, FetchControl())
 
 
 async def brought(
@@ -56,7 +56,7 @@ async def brought(
     key = await resolved(world, content)
     file = await world.source.open(key, FetchControl())
     groups = [[span]] if span else groups_of(content)
-    await world.source.bring(file, groups, lambda _: None, FetchControl())
+    await world.source.fetch_groups(file, groups, lambda _: None, FetchControl())
     return file, key
 
 
@@ -131,7 +131,7 @@ class SourceConformance:
             arrivals.append((group, read(file.reader, span.start, span.stop)))
 
         thread = current_thread()
-        await world.source.bring(file, groups_of(content), arrived, FetchControl())
+        await world.source.fetch_groups(file, groups_of(content), arrived, FetchControl())
         spans = [(span.start, span.stop) for (span,) in groups_of(content)]
         expected = [(n, content[a:b]) for n, (a, b) in enumerate(spans)]
         # A source that has everything already may leave it to the return.
@@ -197,7 +197,7 @@ class SourceConformance:
         control, seen = FetchControl(), list[int]()
         control.cancel()
         with closing(file.reader), pytest.raises(FetchError):
-            await world.source.bring(file, groups_of(content), seen.append, control)
+            await world.source.fetch_groups(file, groups_of(content), seen.append, control)
         assert seen == []
 
     @VERSIONS
