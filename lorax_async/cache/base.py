@@ -121,6 +121,11 @@ class EntryRecord:
         ours = {file.name: file for file in self.files}
         return any(theirs.name not in ours or ours[theirs.name].differs(theirs) for theirs in files)
 
+    def is_refuted_by(self, sha256: str | None) -> bool:
+        """Return whether the weights have another digest, and nothing promised theirs."""
+        digest = self.weights.digest
+        return sha256 is not None and digest.kind == "transport" and digest.value != sha256
+
     @property
     def weights(self) -> FileRecord:
         """The record of the weights, which every entry has."""
@@ -172,7 +177,7 @@ def _file(fields: Any) -> FileRecord:
 
 def _as(kind: type[T], value: object) -> T:
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"a value is no {kind.__name__}")
+        raise TypeError(f"a value is not of type {kind.__name__}")
     return value
 
 
@@ -216,3 +221,13 @@ class CacheEntry(Protocol):
 
     def close(self) -> None:
         """Quick and idempotent."""
+
+
+class ReadOnlyCache(Protocol):
+    """A cache that other tools fill, and that is never written to. Blocks."""
+
+    def open(self, key: CacheKey, *, check: bool = False) -> CacheEntry | None:
+        """Return the entry; None if there is none, or (by `check`) it has other bytes."""
+
+    def last_version(self, question: str) -> tuple[str, str] | None:
+        """Return the source and version that was recorded last for a question; None if none was."""

@@ -188,7 +188,7 @@ class Folder:
 def read_all(fd: int, max_bytes: int) -> bytes:
     """Read a regular file from its position, at most `max_bytes` + 1 of it."""
     if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise IsADirectoryError(errno.EISDIR, "no regular file")
+        raise IsADirectoryError(errno.EISDIR, "it is not a regular file")
     content = b""
     while (room := max_bytes + 1 - len(content)) and (piece := os.read(fd, room)):
         content += piece
@@ -209,7 +209,7 @@ class CacheDirectory:
         self.leased: dict[int, str] = {}
         """Names of the entries that this process leases, by the lease's descriptor."""
         self._changing = RLock()
-        self._is_locked = False
+        self._is_locked = self._has_trash = False
 
     @cached_property
     def path(self) -> str:
@@ -224,10 +224,14 @@ class CacheDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Exclude renames, removals and reservations of all threads and processes. Reentrant."""
-        with self._changing, ExitStack() as held:
+        """Exclude renames, removals and reservations of all threads and processes. Reentrant.
+
+        What was removed meanwhile is deleted at the end, without the lock: that is slow.
+        """
+        with ExitStack() as after, self._changing, ExitStack() as held:
             if not self._is_locked:
                 self._is_locked = True
+                after.callback(self._empty_own_trash)
                 held.callback(setattr, self, "_is_locked", False)
                 # Where nothing can be written there is nothing to protect.
                 with suppress_read_only(), _private_folder(self.path) as root:
@@ -242,8 +246,7 @@ class CacheDirectory:
         """Remove an entry or a partial, if it is there; False if any process uses it."""
         with self._lock_alone(name) as alone:
             if alone:
-                self.hide(name)
-                self.empty_trash()
+                self.discard(name)
             return alone
 
     def is_busy(self, name: str) -> bool:
@@ -251,20 +254,31 @@ class CacheDirectory:
         with self._lock_alone(name) as alone:
             return not alone
 
-    def hide(self, name: str) -> None:
-        """Move an entry or a partial into the trash, atomically, if it is there."""
+    def discard(self, name: str, *, only: Folder | None = None) -> None:
+        """Remove an entry or a partial atomically, even if it is in use.
+
+        With `only`, remove it if it is still this folder.
+        """
         with (
+            self.locked(),
             self.open(_parent_of(name)) as parent,
             self.open("trash") as trash,
             suppress(FileNotFoundError),
         ):
-            os.rename(name, unique(), src_dir_fd=parent.fd, dst_dir_fd=trash.fd)
+            if only is None or only.is_named(name, parent):
+                self._has_trash = True
+                os.rename(name, unique(), src_dir_fd=parent.fd, dst_dir_fd=trash.fd)
 
     def empty_trash(self) -> None:
         """Remove all of the trash, also what others are removing now. Slow."""
         with self.open("trash") as trash:
             for name in trash.names():
                 trash.remove_tree(name)
+
+    def _empty_own_trash(self) -> None:
+        if self._has_trash:
+            self._has_trash = False
+            self.empty_trash()
 
     @contextmanager
     def _lock_alone(self, name: str) -> Iterator[bool]:

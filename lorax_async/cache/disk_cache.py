@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from lorax_async.cache.base import (
     MAP_SUFFIX,
     RECORD,
+    CacheEntry,
     CacheKey,
     EntryRecord,
+    ReadOnlyCache,
     is_adapter_file,
     is_entry_name,
     is_partial_name,
@@ -61,19 +63,32 @@ class DiskCache:
         Budget, over entries and partials of all processes.
     policy
         The order of eviction; an instance that nothing else uses.
+    read_only
+        A cache that is looked at before the folder: the standard hub cache.
     """
 
-    def __init__(self, path: str | os.PathLike[str], nbytes: int, policy: EvictionPolicy) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        nbytes: int,
+        policy: EvictionPolicy,
+        read_only: ReadOnlyCache | None = None,
+    ) -> None:
+        self._read_only = read_only
         self.directory = CacheDirectory(path)
         self.entries, self.partials = Entries(self.directory), Partials(self.directory)
         self.budget = DiskBudget(self.directory, nbytes, policy)
 
-    def open(self, key: CacheKey, *, check: bool = False) -> DiskEntry | None:
+    def open(self, key: CacheKey, *, check: bool = False) -> CacheEntry | None:
         """Lease the entry and count a use; None if there is none.
 
         Remove an entry whose files do not have the recorded sizes or digests. Hash them with
         `check`, or if a file was touched.
         """
+        if self._read_only is not None:
+            stored = self._read_only.open(key, check=check)
+            if stored is not None:
+                return stored
         entry = self.entries.open(key.name, check=check)
         return None if entry is None else self.use(entry)
 
@@ -87,22 +102,31 @@ class DiskCache:
         return entry
 
     def try_begin(
-        self, key: CacheKey, scope: str, *, alone: bool = False
-    ) -> DiskEntry | DiskDownload | int:
+        self, key: CacheKey, scope: str, *, alone: bool = False, sha256: str | None = None
+    ) -> CacheEntry | DiskDownload | int:
         """Return the entry, or begin to download it on the authority of `scope`.
 
-        Return the progress of another download if there is one; begin a second if `alone`.
+        Return the progress of another download if there is one; begin a second if `alone`. An entry
+        that `sha256` refutes, and that is not in use, is downloaded again; it stays until the new
+        bytes are here, and only other ones replace it.
         """
-        entry = self.open(key)
-        if entry is not None:
-            return entry
+        stored = self.open(key)
+        if stored is not None:
+            if not stored.record.is_refuted_by(sha256):
+                return stored
+            stored.close()
         with translate_errors("begin a download"), self.directory.locked():
             entry = self.entries.open(key.name, check=False)  # published meanwhile?
+            refuted = entry is not None and entry.record.is_refuted_by(sha256)
+            if entry is not None and refuted:
+                entry.close()
+                is_busy = self.directory.is_busy(key.name)
+                entry = self.entries.open(key.name, check=False) if is_busy else None
             if entry is None:
                 claimed = self.partials.claim(key.name, alone=alone)
                 if isinstance(claimed, int):
                     return claimed
-                return DiskDownload(self, key, scope, claimed)
+                return DiskDownload(self, key, scope, claimed, replaces=refuted)
         return self.use(entry)  # takes the budget's lock, which others hold when they lock this
 
     def note_version(self, question: str, source: str, version: str) -> None:
@@ -120,10 +144,15 @@ class DiskCache:
                 raise
 
     def last_version(self, question: str) -> tuple[str, str] | None:
-        """Return the source and version of the last answer; None if there is none."""
+        """Return the source and version of the last answer; None if there is none.
+
+        An answer to this cache is preferred to what other tools recorded.
+        """
         with translate_errors("look for a version"), self.directory.open("answers") as answers:
             key = read_answer(answers, _name_of(question))
-        return None if key is None else (key.source, key.version)
+        if key is not None:
+            return key.source, key.version
+        return None if self._read_only is None else self._read_only.last_version(question)
 
     def invalidate(self, key: CacheKey) -> None:
         """Remove an entry whose bytes are wrong, even if it is leased.
@@ -131,29 +160,33 @@ class DiskCache:
         Open files stay readable; opening another raises `IntegrityError`.
         """
         with translate_errors("remove an entry"):
-            self.entries.invalidate(key.name)
-
-    def remove(self, key: CacheKey) -> bool:
-        """Remove the entry and partials of it; False if any is in use."""
-        with translate_errors("remove an entry"), self.directory.locked():
-            return all(map(self.directory.drop, (key.name, *self.partials.of(key.name))))
+            self.directory.discard(key.name)
 
 
 class DiskDownload:
     """An adapter on its way into the cache, which no other process downloads meanwhile.
 
     Its folder becomes an entry by one rename: the first to do so wins. It is `mappable`, as the
-    entry will be.
+    entry will be. With `replaces`, it takes the place of an entry with other bytes.
     """
 
     mappable = True
 
-    def __init__(self, cache: DiskCache, key: CacheKey, scope: str, partial: OpenPartial) -> None:
+    def __init__(
+        self,
+        cache: DiskCache,
+        key: CacheKey,
+        scope: str,
+        partial: OpenPartial,
+        *,
+        replaces: bool = False,
+    ) -> None:
         self.key = key
         self._cache = cache
         self._directory = cache.directory
         self._scope = scope
         self._partial = partial
+        self._replaces = replaces
         self._open = True
         self._files: dict[str, PartialFile] = {}
 
@@ -183,7 +216,7 @@ class DiskDownload:
         try:
             with translate_errors("publish a download"):
                 record = self._complete()
-                entry, is_ours = self._rename()
+                entry, is_ours = self._rename(record)
         except IntegrityError:
             self.discard()
             raise
@@ -217,16 +250,24 @@ class DiskDownload:
         stamp(folder, record, require_whole(folder, record, check=False))
         return record
 
-    def _rename(self) -> tuple[DiskEntry, bool]:
+    def _rename(self, record: EntryRecord) -> tuple[DiskEntry, bool]:
         """Rename the folder; return the entry, and whether it is ours, not a faster process's."""
         for _ in range(_PUBLICATIONS):
             # Under one lock, so that the entry cannot be evicted before it is leased.
             with self._directory.locked():
                 is_ours = self._try_rename()
+                if not is_ours and self._replaces and self._remove_other(record):
+                    is_ours = self._try_rename()
                 entry = self._cache.entries.open(self.key.name, check=False)
             if entry is not None:  # else it was damaged, and has been removed
                 return entry, is_ours
         raise FetchError("the disk cache's entry was in the way again and again; load it again")
+
+    def _remove_other(self, record: EntryRecord) -> bool:
+        """Remove the entry if it has other bytes and is not in use; return whether it is gone."""
+        stored = self._cache.entries.record(self.key.name)
+        has_same = stored is not None and not stored.contradicts(record.files)
+        return not has_same and self._directory.drop(self.key.name)
 
     def _try_rename(self) -> bool:
         """Rename the folder; False if there is an entry already."""
@@ -247,7 +288,7 @@ class DiskDownload:
         """Leave nothing. Idempotent; does nothing after `publish`."""
         if self._open:
             with translate_errors("remove a download"), self._ending():
-                self._remove()
+                self._directory.discard(self._partial.name)
 
     def close(self) -> None:
         """End the download; the next one resumes it. Idempotent. No thread may still write."""
@@ -259,10 +300,10 @@ class DiskDownload:
                     file.keep()
                 is_empty = not any(map(is_adapter_file, self._partial.folder.names()))
             except BaseException:
-                self._remove()
+                self._directory.discard(self._partial.name)
                 raise
             if is_empty:
-                self._remove()
+                self._directory.discard(self._partial.name)
 
     def __del__(self) -> None:
         if self._open:
@@ -272,11 +313,6 @@ class DiskDownload:
     def _require_open(self) -> None:
         if not self._open:
             raise InternalError("the download has ended")
-
-    def _remove(self) -> None:
-        with self._directory.locked():
-            self._directory.hide(self._partial.name)
-        self._directory.empty_trash()  # slow: without the lock that others need
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
@@ -380,7 +416,7 @@ def gc(cache: DiskCache) -> list[Listed]:
             rm(cache, listed.name)
         elif listed.record is None:
             with translate_errors("clean up"):
-                cache.entries.invalidate(listed.name)
+                cache.directory.discard(listed.name)
     cache.budget.trim()
     left = {listed.name for listed in ls(cache)}
     with translate_errors("clean up"), cache.directory.open("answers") as answers:

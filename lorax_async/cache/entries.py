@@ -138,13 +138,13 @@ class Entries:
             except OSError as error:
                 if error.errno not in DAMAGED:
                     raise
-                self.invalidate(name)
-                raise IntegrityError("the cache's entry is no folder") from error
+                self._directory.discard(name)
+                raise IntegrityError("the cache's entry is not a folder") from error
             with folder:
                 try:
                     return self._lease(name, folder, parent, check=check)
                 except IntegrityError:
-                    self.invalidate(name, only=folder)
+                    self._directory.discard(name, only=folder)
                     raise
 
     def _lease(self, name: str, folder: Folder, parent: Folder, *, check: bool) -> DiskEntry | None:
@@ -188,19 +188,12 @@ class Entries:
                 raise
             return None
 
-    def invalidate(self, name: str, only: Folder | None = None) -> None:
-        """Remove an entry even if it is leased (`only` if it is still this folder)."""
-        with self._directory.locked(), self._directory.open("entries") as parent:
-            if only is None or only.is_named(name, parent):
-                self._directory.hide(name)
-        self._directory.empty_trash()  # slow: without the lock that others need
-
 
 def _read_record(fd: int, name: str) -> EntryRecord:
     try:
         record = decode_record(read_all(fd, MAX_RECORD_BYTES))
     except IsADirectoryError as error:
-        raise IntegrityError("the cache's record is no file") from error
+        raise IntegrityError("the cache's record is not a file") from error
     except AdapterFormatError as error:
         raise IntegrityError(error.problem) from error
     if record.name != name:
@@ -219,7 +212,7 @@ def require_whole(folder: Folder, record: EntryRecord, *, check: bool) -> Identi
         name = file.name
         status = folder.status(name)
         if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != file.nbytes:
-            raise IntegrityError(f"{name} in the cache has not the size that was published")
+            raise IntegrityError(f"{name} in the cache does not have its published size")
         identities[name] = identity_of(status)
     touched = [file for file in record.files if identities[file.name].mtime_ns != file.mtime_ns]
     if not check and (not touched or is_stamped(folder, record, identities)):
@@ -230,7 +223,7 @@ def require_whole(folder: Folder, record: EntryRecord, *, check: bool) -> Identi
             identities[name] = identity_of(os.fstat(fd))
             hash_on(fd, file_hash, file.nbytes, name)
         if file_hash.digest() != file.digest:
-            raise IntegrityError(f"{name} in the cache has not the digest that was published")
+            raise IntegrityError(f"{name} in the cache does not have its published digest")
     if check and all(is_settled(identity, since_ns) for identity in identities.values()):
         stamp(folder, record, identities)
     return identities
@@ -312,17 +305,20 @@ class DiskBudget:
 
         Raise `CapacityError`, and evict nothing, if they do not fit beside the files in use.
         """
-        with self._measure():
-            self._evict(nbytes)
-            if self._used() + nbytes > self._nbytes:
-                is_possible = nbytes <= self._nbytes
-                raise (CrowdedError if is_possible else CapacityError)(
-                    f"{nbytes:,} bytes do not fit into the disk cache's {self._nbytes:,}"
-                    " beside what is in use; raise its budget",
-                    stage="fetch",
-                    retryable=is_possible,
-                )
-            yield
+        while True:
+            with self._measure():
+                if self._evict(nbytes):
+                    continue  # leave the lock, so that what was evicted is deleted first
+                if self._used() + nbytes > self._nbytes:
+                    is_possible = nbytes <= self._nbytes
+                    raise (CrowdedError if is_possible else CapacityError)(
+                        f"{nbytes:,} bytes do not fit into the disk cache's {self._nbytes:,}"
+                        " beside what is in use; raise its budget",
+                        stage="fetch",
+                        retryable=is_possible,
+                    )
+                yield
+                return
 
     def trim(self) -> None:
         """Evict unused entries and partials down to the budget, or as far as possible."""
@@ -355,8 +351,10 @@ class DiskBudget:
 
     @contextmanager
     def _measure(self) -> Iterator[None]:
+        with translate_errors("make room"):
+            self._directory.empty_trash()
         with self._lock, translate_errors("make room"), self._directory.locked():
-            # The trash is not counted, and is empty except after a kill or a failure.
+            # The trash is not counted: delete what others removed since, which is seldom anything.
             self._directory.empty_trash()
             with self._directory.open("entries") as parent:
                 entries = measure(parent, is_entry_name, self._whole)
@@ -390,16 +388,16 @@ class DiskBudget:
         if self._whole.pop(name, None) is not None:
             self._policy.remove(_key(name), evicted=evicted)
 
-    def _evict(self, nbytes: int, *, in_part: bool = False) -> None:
+    def _evict(self, nbytes: int, *, in_part: bool = False) -> bool:
         """Drop what is not in use until this much is free: partials first, by their age.
 
-        If all of it is not enough, drop nothing, unless `in_part`.
+        If all of it is not enough, drop nothing, unless `in_part`. Return whether any was dropped.
         """
         stored = self._whole | self._partial
         # Quick, unlike a look at each lock: callers that wait for room retry often.
         ours = set(self._directory.leased.values()) & stored.keys()
         if not in_part and sum(stored[name].nbytes for name in ours) + nbytes > self._nbytes:
-            return
+            return False
         partials = sorted(self._partial, key=lambda name: stored[name].used_ns)
         over, unused = self._used() + nbytes - self._nbytes, list[str]()
         for name in (*partials, *(key.location for key in self._policy.ranked())):
@@ -409,10 +407,11 @@ class DiskBudget:
                 unused.append(name)
                 over -= stored[name].nbytes
         if over > 0 and not in_part:
-            return
-        for name in unused:
-            if self._directory.drop(name):
-                self._forget(name, evicted=True)
+            return False
+        dropped = [name for name in unused if self._directory.drop(name)]
+        for name in dropped:
+            self._forget(name, evicted=True)
+        return bool(dropped)
 
 
 def _key(name: str) -> AdapterKey:

@@ -196,7 +196,7 @@ class PartialFile:
         digest = self._hash.digest()
         if self.expected not in {None, digest}:
             raise IntegrityError(
-                f"{self.name} has not the {digest.kind} digest that was promised; load it again"
+                f"{self.name} does not have the promised {digest.kind} digest; load it again"
             )
         with self._file as fd:
             os.fsync(fd)
@@ -329,7 +329,7 @@ class OpenPartial(NamedTuple):
 class Partials:
     """All partial downloads, in folders named `<entry>.<boot>.<unique>`.
 
-    Methods raise `OSError`. `claim` is called with the directory locked.
+    Methods raise `OSError`. Call `claim` with the directory locked.
     """
 
     def __init__(self, directory: CacheDirectory) -> None:

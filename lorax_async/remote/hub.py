@@ -23,8 +23,7 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from lorax_async.cache.base import CacheEntry, CacheKey, FileRecord, record_of
-from lorax_async.cache.disk_cache import DiskCache, DiskDownload
+from lorax_async.cache.base import CacheKey, FileRecord, record_of
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterError,
@@ -129,7 +128,7 @@ class FileQuery:
 
 @dataclass(frozen=True, slots=True)
 class HubAnswer:
-    """The file of a query, and its commit; `file` is None if the commit, if any, has it not.
+    """The file of a query, and its commit; `file` is None if the commit, if any, lacks it.
 
     `redirected` is False if the requested URL answered itself.
     """
@@ -201,7 +200,7 @@ class HubBackend:
         query = FileQuery(location.text, CONFIG_FILE, ref.revision or _MAIN, token)
         config, weights = await self._answers(query, replace(query, name=WEIGHTS_FILE))
         if config.file is None or config.commit is None:
-            raise _lacking(query, f"no {CONFIG_FILE}: it is no adapter of PEFT")
+            raise _lacking(query, f"no {CONFIG_FILE}: it is not a PEFT adapter")
         pinned = replace(query, revision=config.commit)
         is_lent = ref.token is None and not ref.use_token and token is not None
         if config.redirected and is_lent:
@@ -324,7 +323,7 @@ class HubBackend:
         commit = found.commit_hash
         if commit is None or not is_commit(commit):
             raise FetchError(
-                f"{url} names no commit in its responses: it is no hub; check the endpoint",
+                f"{url} names no commit in its responses: it is not a hub; check the endpoint",
                 retryable=False,
             )
         headers = {} if query.token is None else {"Authorization": f"{_BEARER}{query.token}"}
@@ -386,7 +385,7 @@ def parse_endpoint(endpoint: str | None) -> Url:
     try:
         return parse_folder_url(endpoint or constants.ENDPOINT)
     except InvalidUrlError as error:
-        raise ConfigError(f"the hub's endpoint is no URL: {error}") from None
+        raise ConfigError(f"the hub's endpoint is not a URL: {error}") from None
 
 
 def _request_errors() -> tuple[type[Exception], ...]:
@@ -450,7 +449,7 @@ def problem_of(error: Exception, query: FileQuery, url: Url) -> AdapterError:
         return AccessDeniedError(f"{url} refuses {source!r} {token} (status {status}); {_REMEDY}")
     problem = f"{query.name} of {source!r} at {url}: status {status}"
     if status not in RETRYABLE:
-        problem += ", which is no answer to the request"
+        problem += ", which does not answer the request"
         return FetchError(problem, retryable=False)
     return FetchError(problem, retry_after=_retry_after(error))
 
@@ -482,7 +481,7 @@ def download_base(
         if tuple(files) != (_BASE_CONFIG,):
             folder = snapshot_download(id, allow_patterns=list(files), **options)
     except HFValidationError:
-        raise ConfigError(f"{shorten(id, 200)!r} is no folder and no id of the hub") from None
+        raise ConfigError(f"{shorten(id, 200)!r} is neither a folder nor a hub id") from None
     except LocalEntryNotFoundError as error:
         if offline:
             problem = f"{_BASE_CONFIG} of {id!r} is not in the standard hub cache, and offline=True"
@@ -545,7 +544,7 @@ _MAX_REMEMBERED = 65_536
 
 _ABSENT = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
-    errno.EINVAL,  # reading a link that is none
+    errno.EINVAL,  # reading a link of a file that is not one
     *(errno.EACCES, errno.EPERM),  # a file that this process may not read counts as absent
 }
 _LINK = re.compile(r"\.\./\.\./blobs/(?P<blob>[0-9a-z-]{40,80})")
@@ -674,6 +673,12 @@ class StandardHubCache:
                 remember(self.verified_blobs, file.expected, None, _MAX_REMEMBERED)
         return HubEntry(self, key, folder, files)
 
+    def last_version(self, question: str) -> tuple[str, str] | None:
+        """Return the commit that other tools recorded for a `question_of` a ref."""
+        kind, source, revision, *_ = question.split("\n")
+        commit = self.commit_of(source, revision or _MAIN) if kind == "hub" else None
+        return None if commit is None else (source, commit)
+
     def commit_of(self, source: str, revision: str) -> str | None:
         """Return the commit that a revision was when its config was stored; None if it was not."""
         if is_commit(revision):
@@ -694,7 +699,7 @@ class StandardHubCache:
             path = try_to_load_from_cache(
                 source, CONFIG_FILE, cache_dir=self._path, revision=revision
             )
-        except ValueError:  # no id of the hub, or a ref that is no text
+        except ValueError:  # not an id of the hub, or a ref whose file is not text
             return None
         except OSError as error:
             _require_absent(error)
@@ -720,36 +725,6 @@ class StandardHubCache:
             os.close(file.open())  # may this process read it?
             record = FileRecord(name, file.identity.size, file.identity.mtime_ns, digest)
             return HubFile(blob, file.identity, record)
-
-
-class TieredCache:
-    """The cache of remote adapters: the standard hub cache, if it is read, and then our own.
-
-    Downloads and answers go to our own. Entries of the hub cache are never removed.
-    """
-
-    def __init__(self, hub: StandardHubCache | None, own: DiskCache) -> None:
-        self._hub = hub
-        self.own = own
-
-    def open(self, key: CacheKey, *, check: bool = False) -> CacheEntry | None:
-        entry = None if self._hub is None else self._hub.open(key, check=check)
-        return self.own.open(key, check=check) if entry is None else entry
-
-    def try_begin(
-        self, key: CacheKey, scope: str, *, alone: bool = False
-    ) -> CacheEntry | DiskDownload | int:
-        entry = None if self._hub is None else self._hub.open(key)
-        return self.own.try_begin(key, scope, alone=alone) if entry is None else entry
-
-    def last_version(self, question: str) -> tuple[str, str] | None:
-        """Return the last answer recorded, or else the commit that other tools recorded."""
-        last = self.own.last_version(question)
-        kind, source, revision, *_ = question.split("\n")
-        if last is not None or self._hub is None or kind != "hub":
-            return last
-        commit = self._hub.commit_of(source, revision or _MAIN)
-        return None if commit is None else (source, commit)
 
 
 def _require_absent(error: OSError) -> None:

@@ -199,7 +199,7 @@ class StoreBackend:
             url = parse_url(text)
         except InvalidUrlError as error:
             raise FetchError(
-                f"{folder.text}: its endpoint is no URL: {error}", retryable=False
+                f"{folder.text}: its endpoint is not a URL: {error}", retryable=False
             ) from error
         target = Target(url, name, rules=AllowRules(self._allow, named=(url.origin,)))
         return RemoteFile(name, target, nbytes=stored.nbytes, etag=stored.etag)

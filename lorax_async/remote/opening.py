@@ -16,7 +16,7 @@ from typing import Any
 
 from lorax_async.cache.base import CacheEntry, CacheKey, LeftoverError
 from lorax_async.cache.directory import CrowdedError
-from lorax_async.cache.disk_cache import DiskDownload
+from lorax_async.cache.disk_cache import DiskCache, DiskDownload
 from lorax_async.cache.partials import PartialFile
 from lorax_async.concurrency import FetchControl, WorkerThreads, outcome
 from lorax_async.config import Checking, Limits
@@ -53,7 +53,6 @@ from lorax_async.remote.base import (
     track,
     unwanted_error,
 )
-from lorax_async.remote.hub import TieredCache
 from lorax_async.remote.readers import FetchReader, open_entry, read_first
 from lorax_async.sources.base import AdapterFile
 from lorax_async.types import AdapterRef, RemoteKey
@@ -95,7 +94,7 @@ class VersionResolver:
     def __init__(
         self,
         backends: Callable[[Location], Backend[Any]],
-        cache: TieredCache,
+        cache: DiskCache,
         workers: WorkerThreads,
         *,
         offline: bool,
@@ -142,7 +141,7 @@ class VersionResolver:
         """Return where the key's files are. Ask the source if that is unknown."""
         last = self.last(key)
         if last is None:
-            raise AdapterNotFoundError("where this key lies is no longer known; load it by its id")
+            raise AdapterNotFoundError("the location of the key is not known any more; load its id")
         if last.located is not None:
             return last.located
         since = self._clock()
@@ -269,7 +268,7 @@ class VersionResolver:
         if ref.token is not None or self._recorded.get(question) == version:
             return
         try:
-            note = partial(self.cache.own.note_version, question, located.source, version)
+            note = partial(self.cache.note_version, question, located.source, version)
             await self._workers.run(note)
         except (CapacityError, FetchError):
             return  # a cached adapter needs no room; a download reports the failure itself
@@ -346,7 +345,7 @@ class AdapterOpener:
         last = self._resolver.last(key)
         if last is None or last.located is None:  # the source was not asked this time
             entry = await self._stored(key)
-            if entry is not None and not self._is_refuted(key, entry):
+            if entry is not None and not entry.record.is_refuted_by(self._resolver.digest(key)):
                 return entry
             if entry is not None:
                 entry.close()
@@ -378,13 +377,9 @@ class AdapterOpener:
     def _attempt(
         self, key: RemoteKey, scope: str, *, alone: bool
     ) -> CacheEntry | DiskDownload | int:
-        """Call `TieredCache.try_begin`, and record that `scope` may have an entry. Blocks."""
-        cache, entry_key = self._resolver.cache, cache_key(key)
-        result = cache.try_begin(entry_key, scope, alone=alone)
-        if isinstance(result, CacheEntry) and self._is_refuted(key, result):
-            result.close()
-            cache.own.remove(entry_key)  # if it is in use, the caller's digest is refused later
-            result = cache.try_begin(entry_key, scope, alone=alone)
+        """Call `DiskCache.try_begin`, and record that `scope` may have an entry. Blocks."""
+        cache, digest = self._resolver.cache, self._resolver.digest(key)
+        result = cache.try_begin(cache_key(key), scope, alone=alone, sha256=digest)
         if isinstance(result, CacheEntry):
             try:
                 result.record_access(scope)
@@ -392,12 +387,6 @@ class AdapterOpener:
                 result.close()
                 raise
         return result
-
-    def _is_refuted(self, key: RemoteKey, entry: CacheEntry) -> bool:
-        """Return whether an unvouched entry has another digest than the last caller's."""
-        digest = self._resolver.digest(key)
-        weights = entry.record.weights.digest
-        return digest is not None and weights.kind == "transport" and weights.value != digest
 
     async def _stored(self, key: RemoteKey, *, check: bool = False) -> CacheEntry | None:
         look = partial(self._resolver.cache.open, cache_key(key), check=check)
@@ -487,7 +476,7 @@ class AdapterOpener:
         return True
 
     async def _invalidate(self, key: RemoteKey) -> None:
-        await self._workers.run(partial(self._resolver.cache.own.invalidate, cache_key(key)))
+        await self._workers.run(partial(self._resolver.cache.invalidate, cache_key(key)))
 
     async def _is_outdated(self, key: RemoteKey, control: FetchControl) -> bool:
         """Drop a refused entry that is not what its source has now; return whether it was dropped.
@@ -671,8 +660,7 @@ def _check(fetched: FetchedFile, expected: Digest | None) -> None:
     content_hash.feed(memoryview(fetched.prefix))
     if content_hash.digest() != expected:
         raise IntegrityError(
-            f"{fetched.file.name} has not the {expected.kind} digest that was promised; load it"
-            " again"
+            f"{fetched.file.name} does not have the promised {expected.kind} digest; load it again"
         )
 
 

@@ -28,7 +28,7 @@ from lorax_async.http.settings import HttpSettings
 from lorax_async.ids import STORES, LocalFolder, Location, parse_ref
 from lorax_async.lifecycle.policies import policy
 from lorax_async.remote.base import AdapterMetadata, AllowRules, Backend, remember, unwanted_error
-from lorax_async.remote.hub import HubBackend, StandardHubCache, TieredCache, parse_endpoint
+from lorax_async.remote.hub import HubBackend, StandardHubCache, parse_endpoint
 from lorax_async.remote.object_stores import StoreBackend
 from lorax_async.remote.opening import (
     MAX_KEYS,
@@ -73,7 +73,7 @@ class RemoteSource:
     """
 
     def __init__(self, make: Callable[[], RemoteParts], *, verify: Checking) -> None:
-        self.cache: TieredCache | None = None
+        self.cache: DiskCache | None = None
         """None before the first use; kept after `close`, for statistics."""
         self._make = make
         self._verify: Checking = verify
@@ -294,14 +294,14 @@ def make_remote_source(config: StoreConfig, tracer: Tracer | None = None) -> Rem
     def make() -> RemoteParts:
         # Before any threads, because both raise for bad settings, such as a missing home folder.
         endpoint = parse_endpoint(config.hub_endpoint)
-        own = DiskCache(config.cache_folder, config.cache_bytes, policy(config.eviction))
         downloader = RangeDownloader(HttpSettings(connections=config.connections), tracer=tracer)
         workers = WorkerThreads(CACHE_THREADS)
         backends = BackendRegistry(config, endpoint, downloader)
         hub_cache = None
         if config.hub_cache != "off":
             hub_cache = StandardHubCache(config.hub_cache_dir, backends.hub.own_scope)
-        cache, fresh = TieredCache(hub_cache, own), config.revalidate
+        folder, order, fresh = config.cache_folder, policy(config.eviction), config.revalidate
+        cache = DiskCache(folder, config.cache_bytes, order, hub_cache)
         resolver = VersionResolver(
             backends.backend, cache, workers, offline=config.offline, fresh=fresh
         )

@@ -201,7 +201,7 @@ class Assembly:
     def usage(self) -> Usage:
         """Return the use of all budgets, also after `close`."""
         budgets, copies, cache = self.driver.lifecycle.budgets, self.copies, self.store.remote.cache
-        cached = None if cache is None else cache.own.budget.last_used
+        cached = None if cache is None else cache.budget.last_used
         device, host, arena = budgets.device, budgets.host, budgets.device.arena
         pinned, leases = budgets.images.arena, self.driver.lease_table.leases
         return Usage(

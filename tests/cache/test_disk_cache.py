@@ -39,6 +39,7 @@ from disk_cache_world import (
     opened,
     put,
     read_back,
+    removed,
     sha256,
     stored,
     weights,
@@ -47,7 +48,7 @@ from source_inputs import read, read_rows, rows_of
 from tools import on_a_small_disk
 
 from lorax_async.cache import disk_cache
-from lorax_async.cache.base import CacheKey, LeftoverError
+from lorax_async.cache.base import CacheEntry, CacheKey, LeftoverError
 from lorax_async.cache.directory import Folder
 from lorax_async.cache.disk_cache import DiskCache, DiskDownload
 from lorax_async.cache.entries import MAX_SCOPES
@@ -93,7 +94,7 @@ def two(tmp_path: Path) -> Iterator[Two]:
 class TestContents:
     def test_bytes_in_any_order_become_a_folder_of_plain_files(self, world: DiskWorld) -> None:
         assert world.cache.open(KEY) is None
-        assert world.cache.remove(KEY)
+        assert removed(world.cache, KEY)
         download = begun(world.cache)
         config = download.file(CONFIG_FILE, len(CONFIG))
         file = download.file(WEIGHTS_FILE, NBYTES, sha256(CONTENT))
@@ -239,7 +240,7 @@ class TestRoom:
         keep(one, key(4), bytes(2 * SIZE - len(CONFIG)))
         assert there(two[1], 5) == [3, 4]
         assert one.budget.used() == other.budget.used() == 3 * SIZE
-        assert one.remove(key(4))
+        assert removed(one, key(4))
         assert other.budget.used() == SIZE
 
     def test_gdsf_weighs_what_a_fetch_costs(self, tmp_path: Path) -> None:
@@ -659,7 +660,7 @@ def resumed_and_published(cache: DiskCache) -> None:
     with closing(entry):
         entry.record_access("other")
         assert content_of(entry) == CONTENT
-    assert cache.remove(KEY)
+    assert removed(cache, KEY)
 
 
 @pytest.mark.parametrize(
@@ -691,7 +692,7 @@ def test_any_call_fails_and_the_next_is_right(
                     assert full or type(error) is FetchError, (at, call, error)
                     assert error.retryable
             assert open_below(folder) == unused, (at, call)
-            assert world.cache.remove(KEY), (at, call)
+            assert removed(world.cache, KEY), (at, call)
             resumed_and_published(world.cache)
             assert below(folder) == set(), (at, call)
     nothing_odd(folder)
@@ -782,7 +783,7 @@ def test_what_was_left_and_damaged_never_becomes_an_entry(world: DiskWorld, dama
         put(file, CONTENT, file.missing())
         download.publish().close()
         assert read_back(world.cache, check=True) == CONTENT
-        assert world.cache.remove(KEY)
+        assert removed(world.cache, KEY)
 
 
 def test_a_file_over_the_process_limit(world: DiskWorld) -> None:
@@ -815,7 +816,7 @@ def test_a_file_system_without_locks_is_refused(
         lambda: world.cache.open(KEY),
         lambda: world.cache.try_begin(key(1), SCOPE),
         world.cache.budget.used,
-        lambda: world.cache.remove(KEY),
+        lambda: disk_cache.rm(world.cache, KEY.name),
         lambda: disk_cache.ls(world.cache),
     ]
     for use in uses:
@@ -859,11 +860,11 @@ def test_what_one_holds_the_other_does_not_evict(two: Two) -> None:
         assert raised.value.retryable is (words == "in use")
         assert raised.value.stage == "fetch"
         download.close()
-    assert not other.cache.remove(key(0))
+    assert not removed(other.cache, key(0))
     for entry in held:
         assert content_of(entry) == bytes(1_000)
         entry.close()
-    assert other.cache.remove(key(0))
+    assert removed(other.cache, key(0))
 
 
 def test_what_one_downloads_the_other_does_not_drop(two: Two) -> None:
@@ -875,7 +876,7 @@ def test_what_one_downloads_the_other_does_not_drop(two: Two) -> None:
             late.file(WEIGHTS_FILE, SIZE + 1)
         put(late.file(WEIGHTS_FILE, SIZE), bytes(SIZE), [(0, SIZE)])
         late.close()
-        assert not other.cache.remove(key(0))
+        assert not removed(other.cache, key(0))
         put(file, bytes(2 * SIZE), [(0, 2 * SIZE)])
     download = begun(other.cache, key(0))
     assert download.file(WEIGHTS_FILE, 2 * SIZE).missing() == []
@@ -909,8 +910,63 @@ def test_what_is_published_just_before_one_may_begin_is_taken(two: Two) -> None:
         entry = other.cache.try_begin(KEY, SCOPE)
     assert hasattr(entry, "record")
     entry.close()  # type: ignore[union-attr]
-    assert one.cache.remove(KEY)
+    assert removed(one.cache, KEY)
     begun(other.cache).close()
+
+
+def downloaded_again(cache: DiskCache, content: bytes, wanted: str) -> CacheEntry:
+    """Download the adapter for a caller whose digest the entry does not have, and publish it."""
+    download = cache.try_begin(KEY, SCOPE, sha256=wanted)
+    assert isinstance(download, DiskDownload)
+    with closing(download):
+        for name, data in ((CONFIG_FILE, CONFIG), (WEIGHTS_FILE, content)):
+            file = download.file(name, len(data))
+            put(file, data, file.missing())
+        assert is_there(cache, KEY), "the entry stays until the new bytes are compared"
+        return download.publish()
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_an_entry_that_a_digest_refutes_is_replaced_by_other_bytes_only(
+    world: DiskWorld, is_changed: bool
+) -> None:
+    keep(world.cache, KEY, b"abc")
+    before = world.entry(KEY).stat().st_ino
+    wanted = sha256(b"abd").value
+    with closing(downloaded_again(world.cache, b"abd" if is_changed else b"abc", wanted)) as entry:
+        assert content_of(entry) == (b"abd" if is_changed else b"abc")
+    assert (world.entry(KEY).stat().st_ino != before) is is_changed
+    listed = disk_cache.ls(world.cache)
+    assert [(each.name, each.is_partial) for each in listed] == [(KEY.name, False)]
+
+
+def test_a_used_entry_that_a_digest_refutes_stays(world: DiskWorld) -> None:
+    with closing(stored(world.cache, KEY, b"abc")) as lease:
+        entry = world.cache.try_begin(KEY, SCOPE, sha256=sha256(b"abd").value)
+        assert isinstance(entry, CacheEntry)
+        entry.close()
+        assert content_of(lease) == b"abc"
+
+
+def test_deleting_what_was_removed_holds_no_lock(two: Two, monkeypatch: Patch) -> None:
+    """A large adapter takes long to delete: others begin downloads meanwhile."""
+    one, other = two
+    remove_tree, downloads = Folder.remove_tree, list[DiskDownload]()
+
+    def slow(folder: Folder, name: str) -> None:
+        if not downloads:
+            with ThreadPoolExecutor(1) as thread:
+                downloads.append(thread.submit(begun, other.cache, key(9)).result(2.0))
+        remove_tree(folder, name)
+
+    for number in range(3):
+        keep(one.cache, key(number), bytes(1_000))
+    monkeypatch.setattr(Folder, "remove_tree", slow)
+    monkeypatch.setattr("lorax_async.cache.directory.LOCK_SECONDS", 60.0)
+    with closing(begun(one.cache, key(3))) as download:
+        put(download.file(WEIGHTS_FILE, 1_000), bytes(1_000), [(0, 1_000)])
+    assert len(downloads) == 1
+    downloads[0].close()
 
 
 def test_of_two_that_begin_at_the_same_moment_one_downloads(two: Two) -> None:
@@ -928,7 +984,7 @@ def test_what_is_replaced_just_before_one_leases_it_stays(two: Two) -> None:
     keep(one.cache, KEY, b"abc")
 
     def replace() -> None:
-        assert other.cache.remove(KEY)
+        assert removed(other.cache, KEY)
         keep(other.cache, KEY, b"abc")
 
     with at_first_lock(replace).counted():

@@ -258,7 +258,7 @@ async def test_an_endpoint_of_the_environment_that_is_none(
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "hub")
     async with AdapterStore(StoreConfig(cache_dir=tmp_path)) as store:
-        await fails(store.checkout(ID), errors.ConfigError, "endpoint is no URL")
+        await fails(store.checkout(ID), errors.ConfigError, "endpoint is not a URL")
 
 
 GATED = "gated: accept its conditions there, and give a token"

@@ -23,7 +23,7 @@ from lorax_async.cache.disk_cache import DiskCache, DiskDownload
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.lifecycle.policies import policy
-from lorax_async.remote.hub import StandardHubCache, TieredCache, digest_of_etag, is_commit
+from lorax_async.remote.hub import StandardHubCache, digest_of_etag, is_commit
 from lorax_async.remote.opening import question_of
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -322,7 +322,7 @@ def test_what_is_removed_or_replaced_while_it_is_used(tmp_path: Path, replaced: 
     early.close()
 
 
-def stored(cache: TieredCache, key: CacheKey) -> CacheEntry:
+def stored(cache: DiskCache, key: CacheKey) -> CacheEntry:
     download = cache.try_begin(key, "")
     assert isinstance(download, DiskDownload), "there is an entry already"
     try:
@@ -337,18 +337,17 @@ def stored(cache: TieredCache, key: CacheKey) -> CacheEntry:
 def test_downloads_go_to_our_own_cache(tmp_path: Path, hub_client: Path) -> None:
     by_hand.put(hub_client, REPO, ADAPTER, commit=COMMIT, refs=("main", "refs/pr/1"))
     before, other = tree(hub_client), CacheKey(REPO, "d" * 40)
-    disk = DiskCache(tmp_path / "disk", 1 << 30, policy("lru"))
-    cache = TieredCache(opened(hub_client), disk)
+    cache = DiskCache(tmp_path / "disk", 1 << 30, policy("lru"), opened(hub_client))
     tried = cache.try_begin(KEY, "somebody")
     for found in (cache.open(KEY), tried):
         assert isinstance(found, CacheEntry)
         assert contents(found) == ADAPTER
         found.close()
-    assert disk.budget.used() == 0
+    assert cache.budget.used() == 0
     entry = stored(cache, other)
     assert entry.mappable
     entry.close()
-    assert disk.budget.used() == sum(map(len, ADAPTER.values()))
+    assert cache.budget.used() == sum(map(len, ADAPTER.values()))
 
     def last(ref: AdapterRef) -> tuple[str, str] | None:
         return cache.last_version(question_of(ref))
@@ -360,19 +359,18 @@ def test_downloads_go_to_our_own_cache(tmp_path: Path, hub_client: Path) -> None
         *(AdapterRef("../../etc", "hub"), AdapterRef("org/na\nme", "hub")),
     ):
         assert last(ref) is None
-    cache.own.note_version(question_of(AdapterRef(REPO, "hub")), REPO, other.version)
+    cache.note_version(question_of(AdapterRef(REPO, "hub")), REPO, other.version)
     assert last(AdapterRef(REPO, "hub")) == (REPO, other.version), "our own answer is first"
-    cache.own.invalidate(other)
+    cache.invalidate(other)
     assert cache.open(other) is None
-    cache.own.invalidate(KEY)
+    cache.invalidate(KEY)
     assert tree(hub_client) == before
 
 
 def test_wrong_bytes_in_the_hub_cache_are_fetched_again(tmp_path: Path, hub_client: Path) -> None:
     blob = (by_hand.put(hub_client, REPO, ADAPTER, commit=COMMIT) / NAME).resolve()
     blob.write_bytes(WEIGHTS[::-1])
-    disk = DiskCache(tmp_path / "disk", 1 << 30, policy("lru"))
-    cache = TieredCache(opened(hub_client), disk)
+    cache = DiskCache(tmp_path / "disk", 1 << 30, policy("lru"), opened(hub_client))
     assert cache.open(KEY, check=True) is None
     stored(cache, KEY).close()
     entry = cache.open(KEY, check=True)

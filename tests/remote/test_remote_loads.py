@@ -18,6 +18,7 @@ from tiny_loaders import fails
 
 from lorax_async import AdapterLoader
 from lorax_async.cache.disk_cache import ls, rm
+from lorax_async.concurrency import FetchControl
 from lorax_async.errors import (
     AccessDeniedError,
     AdapterError,
@@ -26,6 +27,7 @@ from lorax_async.errors import (
     IntegrityError,
 )
 from lorax_async.remote.base import AnotherVersionError
+from lorax_async.remote.readers import FetchReader
 from lorax_async.types import AdapterId, AdapterRef, RemoteKey
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
@@ -103,6 +105,22 @@ async def test_a_digest_is_its_callers_own(tmp_path: Path) -> None:
         async with over(world) as loader:
             await fails(loader.load(replace(plain, digest="0" * 64)), IntegrityError, "not 00")
         assert (world.locator.located, len(world.spans_of("one"))) == (2, 2 * asked)
+
+
+async def test_a_digest_takes_nothing_from_others_while_it_is_compared(world: RemoteWorld) -> None:
+    """A pinned caller is served from the cache, also if the source is down by then."""
+    folder = world.stock()
+    world.locator.promises = False
+    async with over(world) as loader:
+        (await loader.load(world.ref("one"))).release()
+    wrong = await world.source.resolve(replace(world.ref("one"), digest="0" * 64))
+    download = await world.source.open(wrong, FetchControl())
+    assert isinstance(download.reader, FetchReader), "it was fetched again"
+    world.locator.error = FetchError("it is down")
+    pinned = replace(world.ref("one"), revision=world.locator.there["one"].version)
+    async with over(world) as loader, await loader.load(pinned) as handle:
+        tiny.assert_equal_to_file(handle, folder)
+    download.reader.close()
 
 
 async def test_a_public_adapter_is_for_every_token(world: RemoteWorld) -> None:

@@ -41,7 +41,6 @@ from lorax_async.http.settings import HttpSettings, Timeouts
 from lorax_async.lifecycle.policies import policy
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from lorax_async.remote.base import AllowRules
-from lorax_async.remote.hub import TieredCache
 from lorax_async.remote.opening import AdapterOpener, VersionResolver
 from lorax_async.remote.remote_source import RemoteParts, RemoteSource
 from lorax_async.remote.web import WebBackend
@@ -197,7 +196,7 @@ async def setting(
     engine, workers, limits = RangeDownloader(http), WorkerThreads(4), Limits()
     cache = DiskCache(folder, cache_bytes, policy("lru"))
     backend = WebBackend(engine, rules, limits)
-    given: Any = (lambda _: backend, TieredCache(None, cache), workers)
+    given: Any = (lambda _: backend, cache, workers)
     resolving = VersionResolver(*given, offline=False, fresh=REVALIDATE)
     opening = AdapterOpener(resolving, engine, workers, limits=limits, verify="stream")
     parts = RemoteParts(resolving, opening, workers, engine.close)

@@ -13,8 +13,7 @@ from leaks import open_files
 from source_inputs import read
 
 from lorax_async.cache.base import CacheEntry, CacheKey
-from lorax_async.cache.disk_cache import DiskCache, DiskDownload
-from lorax_async.cache.entries import DiskEntry
+from lorax_async.cache.disk_cache import DiskCache, DiskDownload, ls, rm
 from lorax_async.cache.partials import CHUNK_BYTES, PartialFile
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
@@ -67,7 +66,7 @@ def put(file: PartialFile, content: bytes, spans: Iterable[ByteRange]) -> None:
 
 def begin(
     cache: DiskCache, of: CacheKey, scope: str = SCOPE, patience: float = 10.0
-) -> DiskEntry | DiskDownload:
+) -> CacheEntry | DiskDownload:
     """Wait, as a fetch does, for another download while it makes progress."""
     progress, since, alone = -1, monotonic(), False
     while isinstance(found := cache.try_begin(of, scope, alone=alone), int):
@@ -101,6 +100,12 @@ def stored(cache: DiskCache, of: CacheKey, content: bytes) -> CacheEntry:
 
 def keep(cache: DiskCache, of: CacheKey, content: bytes) -> None:
     stored(cache, of, content).close()
+
+
+def removed(cache: DiskCache, of: CacheKey) -> bool:
+    """Remove its entry and downloads; return False if any is in use."""
+    names = [listed.name for listed in ls(cache) if listed.name[:64] == of.name]
+    return all(rm(cache, name) for name in names)
 
 
 def content_of(entry: CacheEntry, name: str = WEIGHTS_FILE) -> bytes:

@@ -28,7 +28,6 @@ from lorax_async.http.target import Target
 from lorax_async.ids import HubRepository, ParsedRef
 from lorax_async.lifecycle.policies import policy
 from lorax_async.remote.base import LocatedAdapter, RemoteFile
-from lorax_async.remote.hub import TieredCache
 from lorax_async.remote.opening import AdapterOpener, VersionResolver
 from lorax_async.remote.remote_source import RemoteParts, RemoteSource
 from lorax_async.sources.base import AdapterFile, Source
@@ -198,7 +197,7 @@ class RemoteWorld:
         """Seconds that its clock is ahead."""
         self.cache = DiskCache(self.folder, cache_bytes, policy("lru"))
         resolving = VersionResolver(
-            *(lambda _: self.locator, TieredCache(None, self.cache), self.workers),
+            *(lambda _: self.locator, self.cache, self.workers),
             offline=False,
             fresh=revalidate,
             clock=lambda: time.monotonic() + self.later,

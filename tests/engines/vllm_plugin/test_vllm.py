@@ -81,7 +81,7 @@ def test_texts_equal_those_of_local_adapters(
         ("large-rank", 400, "its rank is 136, and this server takes up to 128"),
         ("cut", 400, "the file ends 1,000 bytes before"),
         ("absent", 404, "adapter_config.json"),
-        (SPOILT, 502, "has not the sha256 digest"),
+        (SPOILT, 502, "does not have the promised sha256 digest"),
     ],
 )
 def test_a_wrong_adapter_is_refused_before_the_engine_sees_it(
