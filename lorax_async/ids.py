@@ -290,18 +290,6 @@ def is_covered(ref: ParsedRef, allow: Sequence[Allow]) -> bool:
     return bool(entries)
 
 
-def parse_requested(id: str | AdapterRef, sources: Sequence[Allow]) -> ParsedRef | None:
-    """Parse an id that a request names; None if it is invalid, or `sources` do not cover it.
-
-    Local folders are checked against `local_roots` elsewhere.
-    """
-    try:
-        ref = parse_ref(AdapterRef(id) if isinstance(id, str) else id)
-    except InvalidAdapterIdError:
-        return None
-    return ref if isinstance(ref.location, LocalFolder) or is_covered(ref, sources) else None
-
-
 def names_pull_request(revision: str | None) -> bool:
     """Return whether a revision may be a pull request, which git also finds as `pr/1`."""
     return revision is not None and _LIKE_PULL_REQUEST.match(revision) is not None
@@ -447,17 +435,20 @@ def parse_adapter_id(text: str, allow: Sequence[Allow] = ()) -> AdapterRef:
     return parse_allowed_ref(AdapterRef(text), allow).plain
 
 
-def parse_allowed_ref(ref: AdapterRef, allow: Sequence[Allow]) -> ParsedRef:
+def parse_allowed_ref(
+    ref: AdapterRef, allow: Sequence[Allow], *, hub_by_default: bool = True
+) -> ParsedRef:
     """Parse a reference; raise `AccessDeniedError`, with the missing entry, unless it is allowed.
 
-    Local folders are checked against `local_roots` elsewhere. Raises as `parse_ref` does.
+    With `hub_by_default`, the hub is allowed where no entry names it. Local folders are checked
+    against `local_roots` elsewhere. Raises as `parse_ref` does.
     """
     ref = parse_ref(ref)
     location = ref.location
     if isinstance(location, LocalFolder) or is_covered(ref, allow):
         return ref
     pull_request = isinstance(location, HubRepository) and names_pull_request(ref.revision)
-    narrowed = pull_request or any(entry.scheme == "hub" for entry in allow)
+    narrowed = not hub_by_default or pull_request or any(entry.scheme == "hub" for entry in allow)
     if isinstance(location, HubRepository) and not narrowed:
         return ref
     arguments = [repr(location.scheme)]
@@ -471,6 +462,15 @@ def parse_allowed_ref(ref: AdapterRef, allow: Sequence[Allow]) -> ParsedRef:
         f" allow=(Allow({', '.join(arguments)}), …)",
         stage="resolve",
     )
+
+
+def parse_requested(id: str | AdapterRef, sources: Sequence[Allow]) -> ParsedRef | None:
+    """Parse an id that a request names; None if it is invalid, or `sources` do not cover it."""
+    try:
+        ref = AdapterRef(id) if isinstance(id, str) else id
+        return parse_allowed_ref(ref, sources, hub_by_default=False)
+    except (InvalidAdapterIdError, AccessDeniedError):
+        return None
 
 
 def parse_ref(ref: AdapterRef) -> ParsedRef:

@@ -218,10 +218,10 @@ def require_path_part(part: str, ambiguous: str) -> None:
     `part` is decoded. Servers may decode it twice, or split it, at the `ambiguous` characters.
     """
     if part in {"", ".", ".."}:
-        raise InvalidUrlError("the path of a URL has no part that is '', '.' or '..'")
+        raise InvalidUrlError("a path has no part that is '', '.' or '..'")
     if not part.isprintable() or set(ambiguous) & set(part):
         raise InvalidUrlError(
-            f"a part of a URL's path contains no {' '.join(ambiguous)} and no unprintable"
+            f"a part of the path contains no {' '.join(ambiguous)} and no unprintable"
             " character, encoded or not"
         )
 

@@ -87,7 +87,7 @@ def test_an_id_has_one_spelling(text: str, source: str, id: str, revision: str |
             ("bucket's name has letters", "gs://{}/x", "..", "a:1"),
             ("container's name has letters", "az://{}/x", "..", "a:1"),
             ("no part that is", "s3://bucket/{}", "/", "a//b", "../a", "a/.", "a//", "a/../../b"),
-            ("a part of a URL", "s3://bucket/{}", "a%20b", "%2e%2e/a", "a\\b", "\u200bx",
+            ("a part of the path", "s3://bucket/{}", "a%20b", "%2e%2e/a", "a\\b", "\u200bx",
              "a\u202eb"),
             ("no such source", "{}", "s3a://bucket/x", "hf://org/name", "local://x"),
             ("host", "https://{}/x", "", "-a", "a-", "a..b", "a.", ".a", "bücher.de",
@@ -101,7 +101,7 @@ def test_an_id_has_one_spelling(text: str, source: str, id: str, revision: str |
             ("http", "http://h:{}/", "", "x", "-1", "123456", "8 0"),
             ("no part that is", "https://h/{}", "../x", "a/..", ".", "%2e%2e/x", "a/%2E", ".%2e",
              "/", "a//b", "a//"),
-            ("a part of a URL", "https://h/{}", "a%2fb", "a%2Fb", "a%5cb", "%00", "a%0a",
+            ("a part of the path", "https://h/{}", "a%2fb", "a%2Fb", "a%5cb", "%00", "a%0a",
              "%252e%252e", "a%3b", "%E2%80%AE"),
             ("in ASCII, with all but", "https://h/{}", "é", "a b", "..;/x", "a%2"),
             ("decode to UTF-8", "https://h/{}", "%ff", "%c0%ae%c0%ae", "%c0%af"),
@@ -295,10 +295,10 @@ def test_an_entry_has_one_spelling(given: Allow, kept: Allow) -> None:
             for prefix in ("a", "/", "/a/", "a/b")
         ),
         *((("https", "h"), {"prefix": prefix}, "no part that is") for prefix in ("../", "a//", "%2e/")),
-        *((("https", "h"), {"prefix": prefix}, "a part of a URL") for prefix in ("a%2fb/", "%252e/")),
+        *((("https", "h"), {"prefix": prefix}, "a part of the path") for prefix in ("a%2fb/", "%252e/")),
         *((("s3", "bucket"), {"prefix": prefix}, "no part that is") for prefix in ("../", "a//b/")),
         *(
-            (("s3", "bucket"), {"prefix": prefix}, "a part of a URL")
+            (("s3", "bucket"), {"prefix": prefix}, "a part of the path")
             for prefix in ("%2e%2e/", "a?b/", "a#b/")
         ),
         *(

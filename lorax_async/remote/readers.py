@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from threading import Lock
 
@@ -34,35 +34,50 @@ from lorax_async.types import RemoteKey
 
 Groups = Sequence[Sequence[ByteSpan]]
 
-_TICK_SECONDS = 0.002
-_IDLE_TICKS = 15
+_IDLE_SECONDS = 0.03
 
 COMPARED_BYTES = 4 << 10
 """Bytes at the end of each span of a partial download that are fetched again and compared."""
 
 
 class CountedReader:
-    """Passes reads to another `Reader`, and knows when they are done."""
+    """Passes reads to another `Reader`, and notifies one waiter of how much was read."""
 
     def __init__(self, reader: Reader) -> None:
         self.nbytes = reader.nbytes
         self._reader = reader
+        self._counting = Lock()
         self._read_bytes = 0
+        self._waiter: tuple[int, Callable[[], object]] | None = None
+        """The number of bytes to wait for, and what to call then, in any thread."""
 
     def read_into(
         self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
     ) -> None:
         self._reader.read_into(buffers, offset, rows, pitch)
-        self._read_bytes += sum(buffer.nbytes for buffer in buffers)  # about, of several threads
+        with self._counting:
+            self._read_bytes += sum(buffer.nbytes for buffer in buffers)
+            if self._waiter is not None and self._read_bytes >= self._waiter[0]:
+                notify, self._waiter = self._waiter[1], None
+                notify()
 
-    async def until_read(self, groups: Groups) -> None:
+    async def wait_until_read(self, groups: Groups) -> None:
         """Wait until the groups were read, or nothing was for a while."""
-        wanted = sum(span.nbytes for group in groups for span in group)
-        seen, idle = -1, 0
-        while self._read_bytes < wanted and idle < _IDLE_TICKS:
-            idle = idle + 1 if self._read_bytes == seen else 0
-            seen = self._read_bytes
-            await asyncio.sleep(_TICK_SECONDS)
+        loop, all_read = asyncio.get_running_loop(), asyncio.Event()
+        wanted, seen = sum(span.nbytes for group in groups for span in group), -1
+        with self._counting:
+            if self._read_bytes >= wanted:
+                return
+            self._waiter = wanted, partial(loop.call_soon_threadsafe, all_read.set)
+        try:
+            while not all_read.is_set() and self._read_bytes != seen:
+                seen = self._read_bytes
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_IDLE_SECONDS):
+                        await all_read.wait()
+        finally:
+            with self._counting:  # no notification follows: the loop may be closed
+                self._waiter = None
 
 
 class _Gate:
@@ -164,7 +179,7 @@ class FetchReader(CountedReader):
                     gate.open()
                     await outcome(job.done)
             if layers_first:
-                await self.until_read(groups)
+                await self.wait_until_read(groups)
             entry = await self._workers.run(self._download.publish, lambda entry: entry.close())
         except BaseException as error:
             self._confirmation.close()

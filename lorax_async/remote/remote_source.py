@@ -133,7 +133,7 @@ class RemoteSource:
             for group in range(len(groups)):
                 arrived(group)
             if self._verify == "stream" and control.urgent and groups:
-                await reader.until_read(groups)  # hashing would take a core from the copies
+                await reader.wait_until_read(groups)  # hashing would take a core from the copies
             await self._check(reader)
         return self._verification(reader.entry)
 
