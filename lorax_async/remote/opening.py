@@ -1,6 +1,7 @@
-"""From an id to its open adapter: the version, then the cache's entry or a new download.
+"""From an id to its open adapter, in the order of this file; each class calls only those above.
 
-Of a download, config and header are fetched and checked before any layer.
+The version, config and header from the source, entries that were refused, and then the cache's
+entry or a new download, whose config and header are checked before any layer is fetched.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class VersionResolver:
         self._keys: OrderedDict[ParsedRef, RemoteKey] = OrderedDict()
         self._resolutions: OrderedDict[RemoteKey, Resolution] = OrderedDict()
         self._answered: OrderedDict[RemoteKey, None] = OrderedDict()
-        self._recorded: dict[str, str] = {}
+        self._recorded: OrderedDict[str, str] = OrderedDict()
 
     async def resolve(self, ref: ParsedRef) -> RemoteKey:
         """Return the version that `ref` names now: by a recent answer, the cache or the source."""
@@ -150,6 +151,11 @@ class VersionResolver:
         if _key_of(located) != key:
             raise IntegrityError("it is another version by now; load it again")
         return located
+
+    async def stored(self, key: RemoteKey, *, check: bool = False) -> CacheEntry | None:
+        """Return the cache's entry of a key, if there is one; hash it with `check`."""
+        look = partial(self.cache.open, cache_key(key), check=check)
+        return await self._workers.run(look, close_unused)
 
     def last(self, key: RemoteKey) -> Resolution | None:
         last = self._resolutions.get(key)
@@ -272,9 +278,7 @@ class VersionResolver:
             await self._workers.run(note)
         except (CapacityError, FetchError):
             return  # a cached adapter needs no room; a download reports the failure itself
-        if len(self._recorded) >= MAX_REFS:
-            self._recorded.clear()
-        self._recorded[question] = version
+        remember(self._recorded, question, version, MAX_REFS)
 
 
 def question_of(ref: AdapterRef) -> str:
@@ -289,246 +293,32 @@ def _key_of(located: LocatedAdapter) -> RemoteKey:
     return RemoteKey(located.source, (), located.version)
 
 
-PATIENCE_SECONDS = 10.0
-"""Start a second download if another process's has received nothing for this long."""
-
-_MAX_HASHED = 16_384
-_IDLE_SECONDS = 0.5
-_POLL_SECONDS = 0.02
-
-
-class AdapterOpener:
-    """Opens cached adapters, and begins the downloads of others."""
+class MetadataFetcher:
+    """Fetches and checks configs and headers from their sources, without the cache."""
 
     def __init__(
-        self,
-        resolver: VersionResolver,
-        downloader: RangeDownloader,
-        workers: WorkerThreads,
-        *,
-        limits: Limits,
-        verify: Checking,
+        self, resolver: VersionResolver, downloader: RangeDownloader, limits: Limits
     ) -> None:
         self._resolver = resolver
         self._downloader = downloader
-        self._workers = workers
         self._limits = limits
-        self._verify: Checking = verify
-        self._idle: Counter[RemoteKey] = Counter()
-        self._hashed: set[RemoteKey] = set()
 
-    async def open(self, key: RemoteKey, control: FetchControl) -> AdapterFile:
-        """Return the adapter's file with an `EntryReader` or a `FetchReader`.
-
-        Drop an outdated entry or partial download, and fetch the adapter once more.
-        """
-        stored = await self._find(key, control)
-        try:
-            return await self._open(key, stored, control)
-        except LeftoverError:
-            pass  # it was discarded
-        except AdapterFormatError:
-            if isinstance(stored, DiskDownload) or not await self._is_outdated(key, control):
-                raise
-        return await self._open(key, await self._find(key, control), control)
-
-    async def metadata(self, key: RemoteKey, control: FetchControl) -> AdapterMetadata:
-        """Fetch config and headers from the source, without the cache."""
-        located = await self._locate(key, control)
-        with closing(self._confirmation(key, located)) as confirmation:
-            metadata = await self._fetch_metadata(located, control)
+    async def fetch(self, key: RemoteKey, control: FetchControl) -> AdapterMetadata:
+        """Fetch config and headers of one version."""
+        located = await self.locate(key, control)
+        with closing(self.confirmation(key, located)) as confirmation:
+            metadata = await self.fetch_located(located, control)
             await confirmation.wait()
         return metadata
 
-    async def _find(self, key: RemoteKey, control: FetchControl) -> CacheEntry | DiskDownload:
-        """Return the entry, or a new download. Wait while another process downloads it."""
-        last = self._resolver.last(key)
-        if last is None or last.located is None:  # the source was not asked this time
-            entry = await self._stored(key)
-            if entry is not None and not entry.record.is_refuted_by(self._resolver.digest(key)):
-                return entry
-            if entry is not None:
-                entry.close()
-        try:
-            scope = (await self._locate(key, control)).scope
-        except AdapterError:
-            # Only the caller whose digest refutes an entry may fail with its source.
-            entry = await self._stored(key)
-            if entry is None:
-                raise
-            return entry
-        progress, since, alone = -1, time.monotonic(), False
-        while not control.cancelled:
-            attempt = partial(self._attempt, key, scope, alone=alone)
-            result = await self._workers.run(attempt, close_unused)
-            if not isinstance(result, int):
-                return result
-            if result != progress:
-                progress, since = result, time.monotonic()
-            idle = key in self._idle  # this process opened it, and may never bring it
-            alone = time.monotonic() - since > (_IDLE_SECONDS if idle else PATIENCE_SECONDS)
-            await asyncio.sleep(_POLL_SECONDS)
-        raise unwanted_error()
-
-    async def _locate(self, key: RemoteKey, control: FetchControl) -> LocatedAdapter:
+    async def locate(self, key: RemoteKey, control: FetchControl) -> LocatedAdapter:
         async with bind_to(control):
             return await self._resolver.locate(key)
 
-    def _attempt(
-        self, key: RemoteKey, scope: str, *, alone: bool
-    ) -> CacheEntry | DiskDownload | int:
-        """Call `DiskCache.try_begin`, and record that `scope` may have an entry. Blocks."""
-        cache, digest = self._resolver.cache, self._resolver.digest(key)
-        result = cache.try_begin(cache_key(key), scope, alone=alone, sha256=digest)
-        if isinstance(result, CacheEntry):
-            try:
-                result.record_access(scope)
-            except BaseException:
-                result.close()
-                raise
-        return result
-
-    async def _stored(self, key: RemoteKey, *, check: bool = False) -> CacheEntry | None:
-        look = partial(self._resolver.cache.open, cache_key(key), check=check)
-        return await self._workers.run(look, close_unused)
-
-    async def _open(
-        self, key: RemoteKey, stored: CacheEntry | DiskDownload, control: FetchControl
-    ) -> AdapterFile:
-        if isinstance(stored, CacheEntry):
-            return await self._open_entry(key, stored, control)
-        try:
-            return await self._begin_fetch(key, stored, control)
-        except BaseException as error:
-            # Discard it if its bytes may be wrong.
-            wrong = isinstance(error, IntegrityError | AdapterFormatError)
-            await self._workers.finish(stored.discard if wrong else stored.close)
-            raise
-        finally:
-            # Free the probed bytes of refused adapters too: their size is a stranger's choice.
-            self._resolver.discard_probe(key)
-
-    async def _open_entry(
-        self, key: RemoteKey, entry: CacheEntry, control: FetchControl
-    ) -> AdapterFile:
-        open_file = partial(open_entry, entry, cache_key(key), self._limits)
-        try:
-            file = await self._workers.run(open_file, lambda file: file.reader.close())
-        except BaseException:
-            entry.close()  # the thread may not have begun
-            raise
-
-        async def refuse(error: LoraxError, *, weights: bool) -> bool:  # noqa: ARG001
-            if weights:
-                return await self._invalidate_unvouched(key)
-            file.reader.close()
-            return await self._is_outdated(key, control)
-
-        return replace(file, refuse=refuse)
-
-    async def _begin_fetch(
-        self, key: RemoteKey, download: DiskDownload, control: FetchControl
-    ) -> AdapterFile:
-        located = await self._locate(key, control)
-        confirmation = self._confirmation(key, located)
-        try:
-            with confirmation.translate_changes():
-                metadata = await self._fetch_metadata(located, control)
-                weights = await self._add_files(download, metadata, control)
-        except BaseException:
-            confirmation.close()
-            raise
-
-        def no_longer_idle() -> None:
-            self._idle -= Counter([key])
-
-        self._idle[key] += 1
-        reader = FetchReader(
-            *(key, self._downloader, self._workers, download, weights, metadata.weights),
-            layers_first=self._verify in {"none", "stream"},
-            resumable=not located.version.startswith(WEAK),
-            on_take=no_longer_idle,
-            confirmation=confirmation,
-        )
-
-        async def refuse(error: LoraxError, *, weights: bool) -> bool:
-            if weights:
-                return await self._invalidate_unvouched(key)
-            await reader.refuse(error)
-            async with bind_to(control):
-                await confirmation.wait()  # else config and weights need not fit each other
-            return False
-
-        config, header = metadata.config.prefix, metadata.weights.prefix
-        return AdapterFile(config, header, reader, download.mappable, refuse)
-
-    def _confirmation(self, key: RemoteKey, located: LocatedAdapter) -> Confirmation:
+    def confirmation(self, key: RemoteKey, located: LocatedAdapter) -> Confirmation:
         return Confirmation(located.recheck, partial(self._resolver.forget, key))
 
-    async def _invalidate_unvouched(self, key: RemoteKey) -> bool:
-        """Drop an unvouched entry whose weights were refused; return whether it is gone."""
-        entry = await self._stored(key)
-        if entry is not None:
-            entry.close()
-            if entry.record.vouched:
-                return False
-            await self._invalidate(key)
-        return True
-
-    async def _invalidate(self, key: RemoteKey) -> None:
-        await self._workers.run(partial(self._resolver.cache.invalidate, cache_key(key)))
-
-    async def _is_outdated(self, key: RemoteKey, control: FetchControl) -> bool:
-        """Drop a refused entry that is not what its source has now; return whether it was dropped.
-
-        Hash a vouched entry, once; compare another with the source's first bytes. If the source
-        cannot be reached, the refusal stands.
-        """
-        entry = await self._stored(key)
-        if entry is None:
-            return True
-        try:
-            vouched = entry.record.vouched
-            outdated = not vouched and await self._differs(key, entry, control)
-        finally:
-            entry.close()
-        if outdated:
-            await self._invalidate(key)
-        if not vouched or key in self._hashed:
-            return outdated
-        if len(self._hashed) >= _MAX_HASHED:
-            self._hashed.clear()
-        self._hashed.add(key)
-        entry = await self._stored(key, check=True)  # the cache removes a damaged one
-        if entry is not None:
-            entry.close()
-        return entry is None
-
-    async def _differs(self, key: RemoteKey, entry: CacheEntry, control: FetchControl) -> bool:
-        """Compare an entry with its source; False if that cannot be reached.
-
-        Raise `IntegrityError` if the source has another version now.
-        """
-        try:
-            metadata = await self.metadata(key, control)
-        except IntegrityError:
-            raise
-        except LoraxError:
-            return False
-        finally:
-            self._resolver.discard_probe(key)
-        sizes = {file.name: file.nbytes for file in entry.record.files}
-        fetched = {file.file.name: file for file in (metadata.config, metadata.weights)}
-
-        def differs() -> bool:
-            return sizes != {name: file.nbytes for name, file in fetched.items()} or any(
-                read_first(entry, name, len(file.prefix)) != file.prefix
-                for name, file in fetched.items()
-            )
-
-        return await self._workers.run(differs)
-
-    async def _fetch_metadata(
+    async def fetch_located(
         self, located: LocatedAdapter, control: FetchControl
     ) -> AdapterMetadata:
         """Return the adapter's metadata, within the limits. End early when `control` ends.
@@ -593,6 +383,254 @@ class AdapterOpener:
                 f" raise Limits.{limit} to accept it"
             )
 
+
+def _header(start: memoryview, _: Validators) -> int:
+    return header_end(start)
+
+
+def _whole(file: RemoteFile, answer: ProbeResult) -> FetchedFile:
+    """Check the size of a file that was fetched whole."""
+    if file.nbytes not in {None, len(answer.start)}:
+        raise IntegrityError(
+            f"{file.target.name} has {len(answer.start):,} bytes, and {file.nbytes:,} were"
+            " promised; load it again"
+        )
+    return FetchedFile(file, answer, len(answer.start), answer.start)
+
+
+_MAX_HASHED = 16_384
+
+
+class RefusedEntries:
+    """Removes entries that were refused, if they are not what their sources have."""
+
+    def __init__(
+        self, resolver: VersionResolver, workers: WorkerThreads, metadata: MetadataFetcher
+    ) -> None:
+        self._resolver = resolver
+        self._workers = workers
+        self._metadata = metadata
+        self._hashed: OrderedDict[RemoteKey, None] = OrderedDict()
+
+    async def remove_unvouched(self, key: RemoteKey) -> bool:
+        """Remove an unvouched entry whose weights were refused; return whether it is gone."""
+        entry = await self._resolver.stored(key)
+        if entry is not None:
+            entry.close()
+            if entry.record.vouched:
+                return False
+            await self._invalidate(key)
+        return True
+
+    async def remove_outdated(self, key: RemoteKey, control: FetchControl) -> bool:
+        """Remove a refused entry that is not what its source has now; return whether it is gone.
+
+        Hash a vouched entry, once; compare another with the source's first bytes. If the source
+        cannot be reached, the refusal stands.
+        """
+        entry = await self._resolver.stored(key)
+        if entry is None:
+            return True
+        with closing(entry):
+            vouched = entry.record.vouched
+            outdated = not vouched and await self._differs(key, entry, control)
+        if outdated:
+            await self._invalidate(key)
+        if not vouched or key in self._hashed:
+            return outdated
+        remember(self._hashed, key, None, _MAX_HASHED)
+        entry = await self._resolver.stored(key, check=True)  # the cache removes a damaged one
+        if entry is not None:
+            entry.close()
+        return entry is None
+
+    async def _invalidate(self, key: RemoteKey) -> None:
+        await self._workers.run(partial(self._resolver.cache.invalidate, cache_key(key)))
+
+    async def _differs(self, key: RemoteKey, entry: CacheEntry, control: FetchControl) -> bool:
+        """Compare an entry with its source; False if that cannot be reached.
+
+        Raise `IntegrityError` if the source has another version now.
+        """
+        try:
+            metadata = await self._metadata.fetch(key, control)
+        except IntegrityError:
+            raise
+        except LoraxError:
+            return False
+        finally:
+            self._resolver.discard_probe(key)
+        sizes = {file.name: file.nbytes for file in entry.record.files}
+        fetched = {file.file.name: file for file in (metadata.config, metadata.weights)}
+
+        def differs() -> bool:
+            return sizes != {name: file.nbytes for name, file in fetched.items()} or any(
+                read_first(entry, name, len(file.prefix)) != file.prefix
+                for name, file in fetched.items()
+            )
+
+        return await self._workers.run(differs)
+
+
+PATIENCE_SECONDS = 10.0
+"""Start a second download if another process's has received nothing for this long."""
+
+_IDLE_SECONDS = 0.5
+_POLL_SECONDS = 0.02
+"""Other processes hold entries and downloads by flock, and the kernel reports no release of it."""
+
+
+class AdapterOpener:
+    """Opens cached adapters, and begins the downloads of others."""
+
+    def __init__(
+        self,
+        resolver: VersionResolver,
+        downloader: RangeDownloader,
+        workers: WorkerThreads,
+        *,
+        limits: Limits,
+        verify: Checking,
+    ) -> None:
+        self._resolver = resolver
+        self._downloader = downloader
+        self._workers = workers
+        self._limits = limits
+        self._verify: Checking = verify
+        self._idle: Counter[RemoteKey] = Counter()
+        self.metadata = MetadataFetcher(resolver, downloader, limits)
+        self._refused = RefusedEntries(resolver, workers, self.metadata)
+
+    async def open(self, key: RemoteKey, control: FetchControl) -> AdapterFile:
+        """Return the adapter's file with an `EntryReader` or a `FetchReader`.
+
+        Drop an outdated entry or partial download, and fetch the adapter once more.
+        """
+        stored = await self._find(key, control)
+        try:
+            return await self._open(key, stored, control)
+        except LeftoverError:
+            pass  # it was discarded
+        except AdapterFormatError:
+            is_entry = isinstance(stored, CacheEntry)
+            if not (is_entry and await self._refused.remove_outdated(key, control)):
+                raise
+        return await self._open(key, await self._find(key, control), control)
+
+    async def _find(self, key: RemoteKey, control: FetchControl) -> CacheEntry | DiskDownload:
+        """Return the entry, or a new download. Wait while another process downloads it."""
+        last = self._resolver.last(key)
+        if last is None or last.located is None:  # the source was not asked this time
+            entry = await self._resolver.stored(key)
+            if entry is not None and not entry.record.is_refuted_by(self._resolver.digest(key)):
+                return entry
+            if entry is not None:
+                entry.close()
+        try:
+            scope = (await self.metadata.locate(key, control)).scope
+        except AdapterError:
+            # Only the caller whose digest refutes an entry may fail with its source.
+            entry = await self._resolver.stored(key)
+            if entry is None:
+                raise
+            return entry
+        progress, since, alone = -1, time.monotonic(), False
+        while not control.cancelled:
+            attempt = partial(self._attempt, key, scope, alone=alone)
+            result = await self._workers.run(attempt, close_unused)
+            if not isinstance(result, int):
+                return result
+            if result != progress:
+                progress, since = result, time.monotonic()
+            idle = key in self._idle  # this process opened it, and may never fetch its layers
+            alone = time.monotonic() - since > (_IDLE_SECONDS if idle else PATIENCE_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
+        raise unwanted_error()
+
+    def _attempt(
+        self, key: RemoteKey, scope: str, *, alone: bool
+    ) -> CacheEntry | DiskDownload | int:
+        """Call `DiskCache.try_begin`, and record that `scope` may have an entry. Blocks."""
+        cache, digest = self._resolver.cache, self._resolver.digest(key)
+        result = cache.try_begin(cache_key(key), scope, alone=alone, sha256=digest)
+        if isinstance(result, CacheEntry):
+            try:
+                result.record_access(scope)
+            except BaseException:
+                result.close()
+                raise
+        return result
+
+    async def _open(
+        self, key: RemoteKey, stored: CacheEntry | DiskDownload, control: FetchControl
+    ) -> AdapterFile:
+        if isinstance(stored, CacheEntry):
+            return await self._open_entry(key, stored, control)
+        try:
+            return await self._begin_fetch(key, stored, control)
+        except BaseException as error:
+            # Discard it if its bytes may be wrong.
+            wrong = isinstance(error, IntegrityError | AdapterFormatError)
+            await self._workers.finish(stored.discard if wrong else stored.close)
+            raise
+        finally:
+            # Free the probed bytes of refused adapters too: their size is a stranger's choice.
+            self._resolver.discard_probe(key)
+
+    async def _open_entry(
+        self, key: RemoteKey, entry: CacheEntry, control: FetchControl
+    ) -> AdapterFile:
+        open_file = partial(open_entry, entry, cache_key(key), self._limits)
+        try:
+            file = await self._workers.run(open_file, lambda file: file.reader.close())
+        except BaseException:
+            entry.close()  # the thread may not have begun
+            raise
+
+        async def refuse(error: LoraxError, *, weights: bool) -> bool:  # noqa: ARG001
+            if weights:
+                return await self._refused.remove_unvouched(key)
+            file.reader.close()
+            return await self._refused.remove_outdated(key, control)
+
+        return replace(file, refuse=refuse)
+
+    async def _begin_fetch(
+        self, key: RemoteKey, download: DiskDownload, control: FetchControl
+    ) -> AdapterFile:
+        located = await self.metadata.locate(key, control)
+        confirmation = self.metadata.confirmation(key, located)
+        try:
+            with confirmation.translate_changes():
+                metadata = await self.metadata.fetch_located(located, control)
+                weights = await self._add_files(download, metadata, control)
+        except BaseException:
+            confirmation.close()
+            raise
+
+        def no_longer_idle() -> None:
+            self._idle -= Counter([key])
+
+        self._idle[key] += 1
+        reader = FetchReader(
+            *(key, self._downloader, self._workers, download, weights, metadata.weights),
+            layers_first=self._verify in {"none", "stream"},
+            resumable=not located.version.startswith(WEAK),
+            on_take=no_longer_idle,
+            confirmation=confirmation,
+        )
+
+        async def refuse(error: LoraxError, *, weights: bool) -> bool:
+            if weights:
+                return await self._refused.remove_unvouched(key)
+            await reader.refuse(error)
+            async with bind_to(control):
+                await confirmation.wait()  # else config and weights need not fit each other
+            return False
+
+        config, header = metadata.config.prefix, metadata.weights.prefix
+        return AdapterFile(config, header, reader, download.mappable, refuse)
+
     async def _add_files(
         self, download: DiskDownload, metadata: AdapterMetadata, control: FetchControl
     ) -> PartialFile:
@@ -624,20 +662,6 @@ class AdapterOpener:
             except CrowdedError:
                 await asyncio.sleep(_POLL_SECONDS)
         raise unwanted_error()
-
-
-def _header(start: memoryview, _: Validators) -> int:
-    return header_end(start)
-
-
-def _whole(file: RemoteFile, answer: ProbeResult) -> FetchedFile:
-    """Check the size of a file that was fetched whole."""
-    if file.nbytes not in {None, len(answer.start)}:
-        raise IntegrityError(
-            f"{file.target.name} has {len(answer.start):,} bytes, and {file.nbytes:,} were"
-            " promised; load it again"
-        )
-    return FetchedFile(file, answer, len(answer.start), answer.start)
 
 
 def _add_file(download: DiskDownload, fetched: FetchedFile, expected: Digest | None) -> PartialFile:

@@ -316,7 +316,7 @@ REFUSED: list[tuple[AdapterRef, Reply | None, type[errors.LoraxError], str]] = [
             ID,
             Reply(200, ({} if said is None else {"X-Repo-Commit": said}) | {"ETag": '"x"'}, b"{}"),
             errors.FetchError,
-            "no hub; check the endpoint",
+            "not a hub; check the endpoint",
         )
         for said in (None, "", "main", "A" * 40, "../" * 14, "f" * 64)
     ),
