@@ -14,12 +14,7 @@ from lorax_async.cache.base import CacheEntry, EntryRecord
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.concurrency import FetchControl, ThreadPool, WorkerThreads
 from lorax_async.config import Checking, StoreConfig
-from lorax_async.errors import (
-    IntegrityError,
-    InternalError,
-    InvalidAdapterIdError,
-    LoaderClosedError,
-)
+from lorax_async.errors import IntegrityError, InvalidAdapterIdError, LoaderClosedError
 from lorax_async.files import FileReader, LocalPages, Reader, sha256_of
 from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.formats.spans import ByteSpan
@@ -125,8 +120,7 @@ class RemoteSource:
             entry = await reader.fetch_groups(groups, arrived, control)
             self._see(reader.key, entry)
             return self._verification(entry)
-        if not isinstance(reader, EntryReader):
-            raise InternalError(f"a remote source cannot fetch the bytes of a {type(reader)}")
+        assert isinstance(reader, EntryReader)
         if control.cancelled:
             raise unwanted_error()
         if self._verify == "always" or not (self._verify == "none" or reader.entry.is_verified):
@@ -137,11 +131,10 @@ class RemoteSource:
             await self._check(reader)
         return self._verification(reader.entry)
 
-    def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:
-        entry = reader.entry if isinstance(reader, EntryReader | FetchReader) else None
-        if entry is None:
-            raise InternalError(f"the files of {key} are not in a cache")
-        return StoredFolder(entry.folder, entry.record.nbytes)
+    def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:  # noqa: ARG002 - the port's
+        assert isinstance(reader, EntryReader | FetchReader)
+        assert reader.entry is not None, "it was fetched"
+        return StoredFolder(reader.entry.folder, reader.entry.record.nbytes)
 
     async def digest(self, key: AdapterKey) -> str:
         """See `Source`: the recorded digest, or else the files' own now."""
@@ -244,8 +237,7 @@ class RemoteSource:
 
 
 def _remote(key: AdapterKey) -> RemoteKey:
-    if not isinstance(key, RemoteKey):
-        raise InternalError(f"{key} is not from a remote source")
+    assert isinstance(key, RemoteKey), "the router chooses the source by it"
     return key
 
 

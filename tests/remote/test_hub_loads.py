@@ -274,7 +274,7 @@ async def test_a_loader_for_a_base_of_the_hub_or_in_a_folder(hub: Hub, tmp_path:
     for wrong, words in (
         ("org/none", "no 'org/none' without a token"),
         ("org/base@v2", "no 'org/base' without a token"),
-        ("a b", "no folder and no id of the hub"),
+        ("a b", "neither a folder nor a hub id"),
         ("./base", f"there is no folder '{Path.cwd()}/base'"),
         (tmp_path / "adapter", "is an adapter's; pass the folder of a base"),
         (tmp_path / "adapter" / "adapter_config.json", "is a file; pass the folder of a base"),
