@@ -498,7 +498,7 @@ class AdapterLoader:
         driver, assembly = self._driver, self._assembly
         return Placement(
             driver.lifecycle.states,
-            driver.files.holds,
+            driver.host_tier.maps,
             assembly.copies.sizes,
             assembly.store.resolver,
             driver.telemetry.story,

@@ -47,6 +47,7 @@ from lorax_async.lifecycle.adapter_state import FileState, SlotGrant, SlotState,
 from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
 from lorax_async.runtime.fetches import FetchTasks, Outcome, TransferPlanner
+from lorax_async.runtime.host_tier import HostTier
 from lorax_async.runtime.leases import Lease, LeaseTable, PinTable
 from lorax_async.sources.base import Source
 from lorax_async.telemetry import Telemetry
@@ -92,6 +93,7 @@ class Driver:
             verified=self.lease_table.verified,
             before_use=before_use,
         )
+        self.host_tier = HostTier(source, metadata_threads, lifecycle, self._decide)
         self.waiter_table = WaiterTable(self)
         self.pins = PinTable(lifecycle, self.execute)
         self._loop = asyncio.get_running_loop()
@@ -115,13 +117,14 @@ class Driver:
         Running kernels are waited for in any case: their memory cannot be reclaimed.
         """
         try:
-            self.files.begin_close()
+            self.host_tier.begin_close()
             self._execute(self.lifecycle.close(error))
             await self._vacate(timeout)
         finally:
             if self._alarm is not None:
                 self._alarm.cancel()
             self._copies.stop()
+            await self.host_tier.stop()
             await self.files.stop()
 
     def join(self) -> None:
@@ -319,9 +322,9 @@ class Driver:
             case commands.CancelFetch():
                 self.files.cancel_fetch(key)
             case commands.PopulatePages():
-                self.files.start_populate(key, command.attempt)
+                self.host_tier.start_populate(key, command.attempt)
             case commands.ReleasePages():
-                self.files.start_release(key, command.attempt)
+                self.host_tier.start_release(key, command.attempt)
             case commands.TakeSlot():
                 self._take_slot(command)
             case commands.WipeExtents():
