@@ -16,14 +16,15 @@ import os
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 
 from lorax_async.concurrency import SharedResource, call_in
-from lorax_async.errors import FetchError, IntegrityError, as_lorax_error
+from lorax_async.errors import CapacityError, FetchError, IntegrityError, LoraxError, as_lorax_error
 from lorax_async.files import POPULATE_READ, FileBacked, Reader, madvise, to_adapter_error
+from lorax_async.lifecycle.adapter_state import AdapterState, HostState, Urgency, WantedTier
 from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
+from lorax_async.lifecycle.residency import reload_cost
 from lorax_async.sources.base import Source
 from lorax_async.types import AdapterKey
 
@@ -33,29 +34,163 @@ PIECE_BYTES = 8 << 20
 """Bytes populated in one call: milliseconds from a good disk. Other work of the threads waits."""
 
 
-@dataclass(eq=False)
-class HostTier:
-    """Populates and releases the files that the lifecycle picks, each in a task with one outcome.
+DEMOTED: Urgency = (True, float("inf"))
+"""Adapters that have left the device come after every waiter."""
 
-    `threads` open, populate and unmap. `decide` is called on the loop with an adapter and an
-    outcome.
+Decide = Callable[[AdapterKey, Callable[[], list[Command]]], None]
+"""Called on the loop with an adapter and an outcome."""
+
+
+class HostTier:
+    """Rule 7: keeps files in memory within `nbytes`; drops the first of the ranking to make room.
+
+    It has the files that the lifecycle has given it, and returns one outcome for each. Only the
+    first of those that wait is served, one at a time: populating competes with loads for the disk.
+    `tasks` populates and unmaps. One level of priority counts as `level` seconds of waiting.
     """
 
-    source: Source
-    threads: Executor
-    lifecycle: Lifecycle
-    decide: Callable[[AdapterKey, Callable[[], list[Command]]], None]
+    def __init__(
+        self, nbytes: int, lifecycle: Lifecycle, tasks: MapTasks, decide: Decide, *, level: float
+    ) -> None:
+        self.nbytes = nbytes
+        self.evictions = 0
+        self.waiting: dict[AdapterKey, bool] = {}
+        """Whether each adapter that waits for its turn was demoted."""
+        self.populating: AdapterKey | None = None
+        self.sizes: dict[AdapterKey, int] = {}
+        """Bytes of the files that are populated, held or unmapped; 0 if only read ahead."""
+        self.leaving: set[AdapterKey] = set()
+        """Those that are to be unmapped, or are being."""
+        self._lifecycle = lifecycle
+        self._tasks = tasks
+        self._decide = decide
+        self._level = level
 
-    def __post_init__(self) -> None:
+    @property
+    def used(self) -> int:
+        return sum(self.sizes.values())
+
+    def populate(self, key: AdapterKey, *, demoted: bool) -> None:
+        self.waiting[key] = demoted
+        self._advance()
+
+    def release(self, key: AdapterKey) -> None:
+        """Release a file's pages now, or once they are populated."""
+        if key in self.waiting:
+            self._give_up(key)
+        elif key == self.populating:
+            self.leaving.add(key)
+        elif key not in self.leaving:
+            self._unmap(key, evicted=False)
+            self._tasks.unmap(key)
+        else:  # it was picked for eviction
+            self._tasks.unmap(key)
+
+    def populated(self, key: AdapterKey, error: LoraxError | None) -> None:
+        """End populating: the file is mapped, or read ahead, or else failed with `error`."""
+        self.populating = None
+        attempt = self._lifecycle.states[key].attempt
+        if key in self.leaving and error is None:
+            self._tasks.unmap(key)
+        elif key in self.leaving:
+            self.unmapped(key)
+        elif error is not None:
+            del self.sizes[key]
+            self._decide(key, partial(self._lifecycle.lost, key, attempt, error))
+        else:
+            nbytes, needs = self.sizes[key], self._lifecycle.states[key].needs
+            assert needs is not None
+            if nbytes:
+                self._lifecycle.budgets.host.admit(key, nbytes, reload_cost(needs))
+            else:
+                del self.sizes[key]
+            self._decide(key, partial(self._lifecycle.populated, key, attempt))
+        self._advance()
+
+    def unmapped(self, key: AdapterKey) -> None:
+        """End a release."""
+        self.leaving.discard(key)
+        self.sizes.pop(key, None)
+        self._released(key)
+        self._advance()
+
+    def _released(self, key: AdapterKey, error: LoraxError | None = None) -> None:
+        attempt = self._lifecycle.states[key].attempt
+        self._decide(key, partial(self._lifecycle.released, key, attempt, error))
+
+    def _give_up(self, key: AdapterKey, error: LoraxError | None = None) -> None:
+        del self.waiting[key]
+        self._released(key, error)
+
+    def _unmap(self, key: AdapterKey, *, evicted: bool) -> None:
+        self.leaving.add(key)
+        self._lifecycle.budgets.host.remove(key, evicted=evicted)
+        self.evictions += evicted
+
+    def _advance(self) -> None:
+        """Serve those that wait, the most urgent first, until one has to."""
+        while self.populating is None and self.waiting:
+            states = (self._lifecycle.states[key] for key in self.waiting)
+            if not self._serve(min(states, key=self._urgency)):
+                return
+
+    def _urgency(self, state: AdapterState) -> Urgency:
+        named = state.waiters.has_tier(WantedTier.HOST)
+        return state.waiters.urgency(self._level) if named else DEMOTED
+
+    def _serve(self, head: AdapterState) -> bool:
+        """Populate, refuse or give up the head, or make room. Return whether another may be."""
+        assert head.needs is not None
+        demoted = self.waiting[head.key] and head.grant is None
+        if not (demoted or head.waiters.has_tier(WantedTier.HOST)):
+            self._give_up(head.key)  # it is on the device again, or its waiters have gone
+            return True
+        nbytes = head.needs.file_nbytes if head.needs.holdable else 0
+        kept = sum(self.sizes.get(key, 0) for key in head.waiters.spared)
+        if nbytes > self.nbytes - kept:
+            beside = f" beside {kept:,} of its prefetch" if kept else ""
+            problem = f"it needs {nbytes:,} bytes of a host tier of {self.nbytes:,}{beside}"
+            error = CapacityError(f"{problem}; raise host_bytes", retryable=kept > 0)
+            self._give_up(head.key, error)
+            return True
+        if nbytes > self.nbytes - self.used:
+            return self._make_room(head, nbytes)
+        del self.waiting[head.key]
+        self.sizes[head.key] = nbytes
+        self.populating = head.key
+        self._tasks.populate(head.key, holdable=head.needs.holdable)
+        return True
+
+    def _make_room(self, head: AdapterState, nbytes: int) -> bool:
+        """Wait for pages in release if they suffice, else release the first of the ranking."""
+        leaving = sum(self.sizes[key] for key in self.leaving)
+        if self.nbytes - self.used + leaving >= nbytes:
+            return False
+        for key in self._lifecycle.budgets.host.ranked():
+            held = self._lifecycle.states[key].host is HostState.HELD
+            if held and key not in head.waiters.spared:
+                self._unmap(key, evicted=True)
+                self._decide(key, partial(self._lifecycle.release_pages, key))
+                return True
+        return False
+
+
+class MapTasks:
+    """One task for each file that is populated or unmapped. `threads` do the work."""
+
+    def __init__(self, source: Source, threads: Executor) -> None:
+        self.host_tier: HostTier
         self.maps: dict[AdapterKey, MappedFile] = {}
+        self._source = source
+        self._threads = threads
         self._tasks: set[asyncio.Task[None]] = set()
         self._populating: asyncio.Task[None] | None = None
 
-    def start_populate(self, key: AdapterKey, attempt: int) -> None:
-        self._populating = self._spawn("populate", key, self._populate(key, attempt))
+    def populate(self, key: AdapterKey, *, holdable: bool) -> None:
+        self._populating = self._spawn("populate", key, self._populate(key, holdable=holdable))
 
-    def start_release(self, key: AdapterKey, attempt: int) -> None:
-        self._spawn("release", key, self._release(key, attempt))
+    def unmap(self, key: AdapterKey) -> None:
+        self._spawn("release", key, self._release(key))
 
     def begin_close(self) -> None:
         """Cancel the running populate, which may take long for whole files."""
@@ -78,37 +213,32 @@ class HostTier:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _populate(self, key: AdapterKey, attempt: int) -> None:
-        """Bring an adapter into host memory. The lifecycle runs one of these at a time."""
-        outcome = partial(self.lifecycle.populated, key, attempt)
-        needs = self.lifecycle.states[key].needs
-        assert needs is not None, "its file is present"
+    async def _populate(self, key: AdapterKey, *, holdable: bool) -> None:
+        error: LoraxError | None = None
         try:
-            pages = await populate(self.source.reopen(key), self.threads, holdable=needs.holdable)
+            pages = await populate(self._source.reopen(key), self._threads, holdable=holdable)
             if pages is not None:
                 self.maps[key] = pages
         except asyncio.CancelledError:
             error = FetchError("the loader was closed")
-            outcome = partial(self.lifecycle.lost, key, attempt, error)
         except Exception as problem:  # noqa: BLE001 - becomes the task's outcome
-            failure = as_lorax_error(problem, "bringing the adapter into host memory failed")
-            outcome = partial(self.lifecycle.lost, key, attempt, failure)
+            error = as_lorax_error(problem, "bringing the adapter into host memory failed")
         finally:
             self._populating = None
-        self.decide(key, outcome)
+        self.host_tier.populated(key, error)
 
-    async def _release(self, key: AdapterKey, attempt: int) -> None:
+    async def _release(self, key: AdapterKey) -> None:
         try:
             await self._unmap(key)
         finally:  # the map is released even if closing it fails
-            self.decide(key, partial(self.lifecycle.released, key, attempt))
+            self.host_tier.unmapped(key)
 
     async def _unmap(self, key: AdapterKey) -> None:
         """Unmap a file in a thread: unmapping many pages takes milliseconds."""
         pages = self.maps.pop(key, None)
         if pages is not None:
             try:
-                closing = asyncio.get_running_loop().run_in_executor(self.threads, _close, pages)
+                closing = asyncio.get_running_loop().run_in_executor(self._threads, _close, pages)
             except Exception:  # the process has reached its limit of threads
                 _logger.exception("no thread to unmap a file in; unmapping it on the loop")
                 _close(pages)

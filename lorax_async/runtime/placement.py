@@ -41,7 +41,7 @@ class AdapterResidency:
     and checked."""
     state: str
     """The slot's state: "filling", "resident" or "leaving"; without a slot, the file's: "present",
-    "populating", "held", "read ahead" or "releasing"."""
+    "populating" (or waiting for its turn), "held", "read ahead" or "releasing"."""
     slot: SlotId | None
     device_bytes: int
     """In the arena."""
@@ -157,7 +157,7 @@ def _state(life: AdapterState) -> str:
     if life.slot is not SlotState.NONE:
         leaving = life.departing or life.slot is SlotState.DRAINING
         return "leaving" if leaving else life.slot.value
-    if life.host is HostState.NONE:
+    if life.host in (HostState.NONE, HostState.WANTED):
         return life.file.value
     ahead = life.host is HostState.HELD and not life.is_held
     return "read ahead" if ahead else life.host.value

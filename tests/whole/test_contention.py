@@ -24,11 +24,10 @@ from lorax_async.devices import transfer
 from lorax_async.devices.simulated import SimulatedDevice, SimulatedStream
 from lorax_async.errors import FetchError, IntegrityError, TransferError
 from lorax_async.lifecycle.adapter_state import AdapterState
-from lorax_async.lifecycle.residency import HostBudget
 from lorax_async.lifecycle.rules import LifecycleRules
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime import host_tier
-from lorax_async.runtime.host_tier import MappedFile
+from lorax_async.runtime.host_tier import HostTier, MappedFile
 from lorax_async.runtime.placement import TierName
 from lorax_async.testing import FakeSource
 from lorax_async.testing import Step as SourceStep
@@ -572,7 +571,7 @@ FAULTS: list[tuple[object, str, object]] = [
     (LifecycleRules, "_free_quiesced_slot", _blind_to_copies),
     (SimulatedDevice, "wait_for", lambda *_: None),  # a kernel does not wait for its copy
     (transfer, "zero", lambda *_: None),  # ranks are not padded
-    (HostBudget, "claim", lambda *_: None),  # held files cost nothing
+    (HostTier, "used", 0),  # held files cost nothing
 ]
 
 
