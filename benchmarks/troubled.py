@@ -10,7 +10,7 @@ from lorax_async.concurrency import FetchControl
 from lorax_async.errors import FetchError
 from lorax_async.files import Reader
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.sources.base import AdapterFile, PinnedPages, Source
+from lorax_async.sources.base import AdapterFile, Source
 from lorax_async.types import AdapterKey, AdapterRef, Verification
 
 _POLL_SECONDS = 0.01
@@ -73,6 +73,3 @@ class TroubledSource:
 
     async def digest(self, key: AdapterKey) -> str:
         return await self._inner.digest(key)
-
-    async def populate(self, key: AdapterKey) -> PinnedPages:
-        return await self._inner.populate(key)

@@ -1,11 +1,10 @@
-"""Open, read, hash, map and lock files that strangers may have put there."""
+"""Open, read and hash files that strangers may have put there."""
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
 import errno
-import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from lorax_async.concurrency import FetchControl, SharedResource
 from lorax_async.config import Limits
@@ -48,6 +47,14 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Close the reader. Quick and idempotent."""
+
+
+@runtime_checkable
+class FileBacked(Protocol):
+    """A `Reader` whose bytes are those of one file on this machine."""
+
+    def file(self) -> FileReader:
+        """Return the reader of that file, which closes with this one. Blocks; raises as a read."""
 
 
 IOV_MAX = 1024
@@ -215,6 +222,9 @@ class FileReader:
             stop = offset + (rows - 1) * pitch + sum(buffer.nbytes for buffer in buffers) // rows
             raise IntegrityError(f"{self.name} ends before byte {stop:,}")
 
+    def file(self) -> FileReader:
+        return self
+
     def is_cached(self) -> bool:
         """Return whether the page cache seems to have the whole file, from four samples."""
         samples = (self.nbytes * part // 4 - 1 for part in (1, 2, 3, 4))
@@ -360,143 +370,10 @@ POPULATE_READ = 22
 POPULATE_WRITE = 23
 """MADV_POPULATE_… of Linux 5.14, missing from Python's mmap. EINVAL on older kernels."""
 
-_MLOCK_ONFAULT = 1
-_MAP_FAILED = ctypes.c_void_p(-1).value
-
 _LIBRARY = ctypes.CDLL(None, use_errno=True)
-_LIBRARY.mmap.restype = ctypes.c_void_p
-_LIBRARY.mmap.argtypes = (
-    *(ctypes.c_void_p, ctypes.c_size_t),
-    *(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long),
-)
-_LIBRARY.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _LIBRARY.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-
-def _map(fd: int, nbytes: int, name: str) -> int:
-    """Map a file's first bytes; return the address. Python's `mmap` would keep a descriptor."""
-    address: int | None = _LIBRARY.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, 0)
-    if address is None or address == _MAP_FAILED:
-        code = ctypes.get_errno()
-        raise to_adapter_error(OSError(code, os.strerror(code)), name)
-    return address
 
 
 def madvise(address: int, nbytes: int, advice: int) -> int:
     """Call madvise(2); return errno, 0 for success."""
     return ctypes.get_errno() if _LIBRARY.madvise(address, nbytes, advice) else 0
-
-
-def lock_on_fault(address: int, nbytes: int) -> int:
-    """Lock the resident pages, and others as they are faulted in; return errno, 0 for success.
-
-    Plain mlock(2) would read all of them at once.
-    """
-    extent = ctypes.c_void_p(address), ctypes.c_size_t(nbytes)
-    # Looked up at the call: other platforms lack it, and must still import this module.
-    return ctypes.get_errno() if _LIBRARY.mlock2(*extent, ctypes.c_uint(_MLOCK_ONFAULT)) else 0
-
-
-class MappedFile:
-    """A map of a whole file, which keeps the file's pages in memory; it is never read.
-
-    Reading a map of a truncated file kills the process (SIGBUS): copies go through the file's
-    checked descriptor. `fd` may be closed once the map is made; `nbytes` is the file's size, more
-    than 0. Raises as `to_adapter_error` says.
-    """
-
-    def __init__(self, fd: int, nbytes: int, name: str) -> None:
-        self.nbytes = nbytes
-        self._name = name
-        address = _map(fd, nbytes, name)
-        self._address = SharedResource(
-            f"the map of {name}",
-            lambda address: _LIBRARY.munmap(address, nbytes),
-            opened=address,
-            warns=True,
-        )
-        # Before populating, so that no page is evicted in between.
-        self.locked = lock_on_fault(address, nbytes) == 0
-        """Whether the kernel may not evict the pages: False over RLIMIT_MEMLOCK, for example."""
-
-    def populate(self, start: int, stop: int) -> None:
-        """Read these bytes' pages into memory and map them. Blocks.
-
-        A kernel before 5.14 only reads ahead, and `locked` becomes False. Raises `IntegrityError`
-        if the file is shorter or its disk fails, else `FetchError`. `close` waits for the end.
-        """
-        start -= start % mmap.PAGESIZE
-        with self._address as address:
-            place, nbytes = address + start, min(stop, self.nbytes) - start
-            code = madvise(place, nbytes, POPULATE_READ)
-            if code == errno.EINVAL:
-                self.locked = False
-                code = madvise(place, nbytes, mmap.MADV_WILLNEED)
-        if code == errno.EFAULT:
-            raise IntegrityError(
-                f"{self._name} ends before byte {self.nbytes:,}, or its disk fails; load the"
-                " adapter again"
-            )
-        if code:
-            raise to_adapter_error(OSError(code, os.strerror(code)), self._name)
-
-    def close(self) -> None:
-        """Unmap, now or when `populate` has ended. Blocks for milliseconds. Idempotent."""
-        self._address.close()
-
-
-_PIECE_BYTES = 8 << 20
-"""Bytes populated in one call: milliseconds from a good disk, and other threads may fault between.
-"""
-
-
-class LocalPages:
-    """The pages of a file in memory: a map of it, if it is `holdable`. None stands for no file.
-
-    Call `populate` with each of `starts`, offsets into the file, then `settle`. It owns the reader;
-    its descriptor is open until it is settled or closed. Another thread may call `close` during
-    `populate` or `settle`; it takes effect when that ends. Of a file that may change the kernel is
-    only asked to read ahead, and nothing is held.
-    """
-
-    def __init__(self, reader: FileReader | None, *, holdable: bool) -> None:
-        self._reader = reader
-        self._map: MappedFile | None = None
-        self.nbytes = 0
-        if reader is None:
-            return
-        try:
-            if holdable:
-                with reader.descriptor as fd:
-                    self._map = MappedFile(fd, reader.nbytes, reader.name)
-                self.nbytes = reader.nbytes
-            else:
-                reader.read_ahead()
-                reader.close()
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def starts(self) -> range:
-        return range(0, self.nbytes, _PIECE_BYTES)
-
-    @property
-    def locked(self) -> bool:
-        return self._map is not None and self._map.locked
-
-    def populate(self, start: int) -> None:
-        """Bring the piece at `start` into memory. Raise `FetchError` if it cannot be read."""
-        assert self._map is not None
-        self._map.populate(start, start + _PIECE_BYTES)
-
-    def settle(self) -> None:
-        """Close the file once all is populated. Raise `IntegrityError` if it has changed."""
-        if self._reader is not None and self._map is not None:
-            self._reader.read_into([], 0)
-            self._reader.close()
-
-    def close(self) -> None:
-        for resource in (self._reader, self._map):
-            if resource is not None:
-                resource.close()

@@ -498,7 +498,7 @@ class AdapterLoader:
         driver, assembly = self._driver, self._assembly
         return Placement(
             driver.lifecycle.states,
-            driver.files.holds,
+            driver.map_tasks.maps,
             assembly.copies.sizes,
             assembly.store.resolver,
             driver.telemetry.story,

@@ -14,6 +14,7 @@ own copy stream and memory filled with NaN, so that a missing wait shows as wron
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -37,16 +38,16 @@ from lorax_async.errors import (
     LoraxError,
     UsageError,
 )
-from lorax_async.files import Reader
+from lorax_async.files import FileReader, Reader, identity_of
+from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.formats.safetensors import header_size
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.server.engine import DecoderStep, StepResult
-from lorax_async.sources.base import AdapterFile, PinnedPages
+from lorax_async.sources.base import AdapterFile
 from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, FileIdentity, Verification
 
 __all__ = [
     "FakeDecoder",
-    "FakeHold",
     "FakeReader",
     "FakeSource",
     "FakeVersion",
@@ -59,7 +60,7 @@ __all__ = [
 ]
 
 
-Step = Literal["resolve", "open", "fetch_groups", "verify", "digest", "read", "populate"]
+Step = Literal["resolve", "open", "fetch_groups", "verify", "digest", "read"]
 
 _POLL_SECONDS = 0.001
 _CHANGED = "the adapter has changed; load it again"
@@ -73,11 +74,9 @@ class SourceCounts:
     opens: int = 0
     reopens: int = 0
     fetches: int = 0
-    populates: int = 0
     digests: int = 0
     bytes_read: int = 0
     open_readers: int = 0
-    open_holds: int = 0
 
 
 @dataclass(slots=True)
@@ -139,10 +138,28 @@ class FakeReader(_FakeOpen):
         super().__init__(on_close)
         self.version = version
         self._read = read
+        self._file: FileReader | None = None
 
     @property
     def nbytes(self) -> int:
         return len(self.version.weights)
+
+    def file(self) -> FileReader:
+        """Return a reader of a file with the same bytes, which is in memory."""
+        with self._lock:
+            if not self._open:
+                raise FetchError("the reader is closed")
+            if self._file is None:
+                fd = os.memfd_create(WEIGHTS_FILE)
+                with open(fd, "wb", closefd=False) as file:
+                    file.write(self.version.weights)
+                self._file = FileReader(lambda: fd, identity_of(os.fstat(fd)), WEIGHTS_FILE)
+            return self._file
+
+    def close(self) -> None:
+        super().close()
+        if self._file is not None:
+            self._file.close()
 
     def read_into(
         self, buffers: Sequence[memoryview], offset: int, rows: int = 1, pitch: int = 0
@@ -161,20 +178,11 @@ class FakeReader(_FakeOpen):
             content = content[buffer.nbytes :]
 
 
-class FakeHold(_FakeOpen):
-    """The `PinnedPages` of a `FakeSource`."""
-
-    def __init__(self, nbytes: int, locked: bool, on_close: Callable[[], None]) -> None:
-        super().__init__(on_close)
-        self.nbytes = nbytes
-        self.locked = locked
-
-
 class FakeSource:
     """A `Source` of adapters in memory, whose bytes arrive layer group by layer group.
 
-    Each group takes `pace` seconds. If `holdable`, `populate` keeps an adapter's bytes in memory
-    and reports them as locked.
+    Each group takes `pace` seconds. If `holdable`, the host tier maps a file with an adapter's
+    bytes, which is in memory.
 
     A test can hold back groups (`hold`, `allow`) or the end of a fetch (`hold_verification`), and
     make steps fail (`fail`). Reading bytes that have not arrived raises `InternalError`. Bytes that
@@ -293,21 +301,13 @@ class FakeSource:
         version = await self._version(key, "digest")
         return sha256(version.weights).hexdigest()
 
-    async def populate(self, key: AdapterKey) -> PinnedPages:
-        self.counts.populates += 1
-        version = await self._version(key, "populate")
-        self._count(holds=1)
-        nbytes = len(version.weights) if self.holdable else 0
-        return FakeHold(nbytes, self.holdable, lambda: self._count(holds=-1))
-
     def _reader(self, version: FakeVersion) -> FakeReader:
-        self._count(readers=1)
-        return FakeReader(version, self._read, lambda: self._count(readers=-1))
+        self._count(1)
+        return FakeReader(version, self._read, lambda: self._count(-1))
 
-    def _count(self, *, readers: int = 0, holds: int = 0) -> None:
+    def _count(self, readers: int) -> None:
         with self._lock:
             self.counts.open_readers += readers
-            self.counts.open_holds += holds
 
     def _read(self, version: FakeVersion, start: int, stop: int) -> memoryview:
         self._maybe_fail("read", version.id, start, stop)

@@ -5,7 +5,7 @@ the driver must execute them. docs/lifecycle.md explains the rules.
 
 - `adapter_state`: the tables of a file's and a slot's states, the state of one adapter, its waiters
 - `lifecycle`: the public methods, one per outcome or change of interest
-- `rules`: rules 1 to 6, which look at one adapter, and 7 to 9 with their queues
+- `rules`: rules 1 to 7, which look at one adapter, and 8 and 9 with their queues
 - `residency`: the budgets of device memory, file pages and pinned images
 - `policies`: eviction by LRU, LFU or GDSF
 - `arena`: allocation of extents

@@ -78,7 +78,6 @@ FILE_MOVES: Mapping[tuple[FileState, FileMove], FileState] = {
     (FileState.ENDING, FileMove.SPAN_FETCHED): FileState.ENDING,
     (FileState.ENDING, FileMove.PUBLISHED): FileState.ENDING,
     (FileState.ENDING, FileMove.FETCH_FAILED): FileState.ENDING,
-    (FileState.ENDING, FileMove.POPULATED): FileState.ENDING,
     (FileState.ENDING, FileMove.RELEASED): FileState.ENDING,
     (FileState.ENDING, FileMove.LOST): FileState.ENDING,
     (FileState.ENDING, FileMove.QUIESCED): FileState.ABSENT,
@@ -291,9 +290,14 @@ class SlotGrant:
 
 
 class HostState(Enum):
-    """The state of the file's pages in host memory, while the file is PRESENT or ENDING."""
+    """The state of the file's pages in host memory.
+
+    WANTED from an eviction until the file is PRESENT; POPULATING from the command to the host tier
+    to its outcome, also while the file waits for its turn.
+    """
 
     NONE = "none"
+    WANTED = "wanted"
     POPULATING = "populating"
     HELD = "held"
     RELEASING = "releasing"
@@ -334,7 +338,6 @@ class AdapterState:
     leaving: bool = False  # the policy picked the slot for eviction
     unloads: int = 0  # callers that wait until the adapter is unloaded
     leave_notified: bool = False  # `NotifyLeaving` was issued
-    demoted: bool = False  # evicted, and should stay in the host tier
     waiters: WaiterSet = field(default_factory=WaiterSet)
 
     @property
@@ -377,14 +380,14 @@ class AdapterState:
     @property
     def is_idle(self) -> bool:
         """Whether the adapter can be forgotten: it has no waiter and uses no budget."""
-        wanted = self.waiters or self.unloads or self.demoted
+        wanted = self.waiters or self.unloads
         return self.at_rest and not wanted and not self.is_held and self.image is None
 
     @property
     def takes_memory(self) -> bool:
         """Whether it has, or is about to take, memory of the device or the host."""
         in_use = self.slot is not SlotState.NONE or self.host is not HostState.NONE
-        return in_use or self.image is not None or self.demoted
+        return in_use or self.image is not None
 
     @property
     def is_held(self) -> bool:
@@ -428,13 +431,6 @@ class AdapterState:
             tier >= WantedTier.STREAM and (foreground or present)
             for tier, foreground in self.waiters.kinds
         )
-
-    @property
-    def wants_host(self) -> bool:
-        """Whether a waiter, or demotion, asks for the host tier."""
-        if self.file is not FileState.PRESENT or self.host is not HostState.NONE or self.unloads:
-            return False
-        return self.demoted or self.waiters.has_tier(WantedTier.HOST)
 
     @property
     def stage(self) -> Stage:

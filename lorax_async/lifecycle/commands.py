@@ -36,12 +36,18 @@ class CancelFetch(FileCommand):
     """Cancel the fetch, which has no waiter left. Outcome: published or fetch_failed."""
 
 
+@dataclass(frozen=True)
 class PopulatePages(FileCommand):
-    """Read the file's pages into memory. Outcome: populated or lost."""
+    """Keep the file's pages in memory. Outcome: populated, released or lost.
+
+    If `demoted`, the adapter has left the device; else a waiter wants them.
+    """
+
+    demoted: bool
 
 
 class ReleasePages(FileCommand):
-    """Release the file's pages. Outcome: released."""
+    """Release the file's pages, or keep them no more. Outcome: released."""
 
 
 class ForgetAdapter(Command):

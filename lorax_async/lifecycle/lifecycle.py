@@ -28,14 +28,9 @@ from lorax_async.lifecycle.adapter_state import (
     next_slot_state,
 )
 from lorax_async.lifecycle.commands import Command, CopyGroups, ForgetAdapter, NotifyReady
-from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
-from lorax_async.lifecycle.rules import (
-    CopyQueue,
-    HostTierQueue,
-    LifecycleRules,
-    LifecycleTimes,
-    SlotQueue,
-)
+from lorax_async.lifecycle.policies import EvictionPolicy
+from lorax_async.lifecycle.residency import ImageBudget, Residency
+from lorax_async.lifecycle.rules import CopyQueue, LifecycleRules, LifecycleTimes, SlotQueue
 from lorax_async.types import AdapterKey
 
 _T = TypeVar("_T")
@@ -119,10 +114,10 @@ class IdleAdapters:
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """The budgets of the device, of held file pages, and of pinned images."""
+    """The budgets of the device and of pinned images, and the ranking of files in the host tier."""
 
     device: Residency
-    host: HostBudget
+    host: EvictionPolicy
     images: ImageBudget
 
 
@@ -137,7 +132,6 @@ class Lifecycle:
         self._rules = LifecycleRules(budgets.device, budgets.host, budgets.images)
         self.states = self._rules.states
         self._slots = SlotQueue(self._rules, times)
-        self._host_queue = HostTierQueue(self._rules, times)
         self._copies = CopyQueue(self._rules)
         self._idle = IdleAdapters(times.max_idle)
 
@@ -297,17 +291,27 @@ class Lifecycle:
         if state is None:
             return []
         state.file = next_file_state(state.file, FileMove.POPULATED)
-        self.budgets.host.populating = None
         state.host = HostState.HELD
         return self._settle(state)
 
-    def released(self, key: AdapterKey, attempt: int) -> list[Command]:
+    def release_pages(self, key: AdapterKey) -> list[Command]:
+        """Release an adapter's pages, which the host tier has picked for eviction."""
+        state = self.states[key]
+        self._rules.release_host(state)
+        return self._settle(state)
+
+    def released(
+        self, key: AdapterKey, attempt: int, error: LoraxError | None = None
+    ) -> list[Command]:
+        """Record that nothing is in host memory; fail its waiters with `error`, if there is one."""
         state = self._current(key, attempt)
         if state is None:
             return []
         state.file = next_file_state(state.file, FileMove.RELEASED)
-        self.budgets.host.release(key)
         state.host = HostState.NONE
+        if error is not None:
+            waiting = [waiter.id for waiter in state.waiters.of_tiers({WantedTier.HOST})]
+            self._rules.fail(state, error, waiting)
         return self._settle(state)
 
     def lost(self, key: AdapterKey, attempt: int, error: LoraxError) -> list[Command]:
@@ -316,9 +320,6 @@ class Lifecycle:
         if state is None:
             return []
         self._rules.lose(state, error)
-        self.budgets.host.populating = None
-        self.budgets.host.mark_leaving(key, evicted=False)
-        self.budgets.host.release(key)
         state.host = HostState.NONE
         return self._settle(state)
 
@@ -437,12 +438,11 @@ class Lifecycle:
     def _next_touched(self) -> AdapterState | None:
         if self._rules.touched:
             return self._rules.touched.pop()
-        return self._slots.settle_head() or self._host_queue.settle_head()
+        return self._slots.settle_head()
 
     def _settle_state(self, state: AdapterState) -> None:
         self._rules.settle(state)
         self._slots.update(state)
-        self._host_queue.update(state)
         self._copies.update(state)
         if state.is_idle:
             self._idle.add(state.key, state.needs)

@@ -1,4 +1,4 @@
-"""The budgets of device memory, held file pages and pinned images, and their eviction order."""
+"""The budgets of device memory and of pinned images, and their eviction order."""
 
 from __future__ import annotations
 
@@ -87,41 +87,6 @@ class Residency:
     @property
     def slots_used(self) -> int:
         return self.max_slots - len(self._free_slots)
-
-
-class HostBudget:
-    """The budget of file bytes held in host memory. Pages that were only read ahead count 0."""
-
-    def __init__(self, nbytes: int, policy: EvictionPolicy) -> None:
-        self.nbytes = nbytes
-        self.free = nbytes
-        self.held: dict[AdapterKey, int] = {}
-        self.leaving: set[AdapterKey] = set()
-        self.populating: AdapterKey | None = None
-        """At most one adapter at a time: populating competes with foreground loads for the disk."""
-        self.policy = policy
-        self.evictions = 0
-
-    def claim(self, key: AdapterKey, nbytes: int, cost: float) -> None:
-        if nbytes:
-            self.free -= nbytes
-            self.held[key] = nbytes
-            self.policy.admit(key, nbytes, cost)
-
-    def mark_leaving(self, key: AdapterKey, *, evicted: bool) -> None:
-        """Remove `key` from the ranking; its bytes count until `release`."""
-        if key in self.held:
-            self.leaving.add(key)
-            self.policy.remove(key, evicted=evicted)
-            self.evictions += evicted
-
-    def release(self, key: AdapterKey) -> None:
-        self.leaving.discard(key)
-        self.free += self.held.pop(key, 0)
-
-    def use(self, key: AdapterKey) -> None:
-        if key in self.held and key not in self.leaving:
-            self.policy.use(key)
 
 
 class ImageBudget:

@@ -1,7 +1,7 @@
 """The nine rules, the moves that several of them share, and the queues.
 
-Rules 1 to 6 decide about one adapter; rules 7 to 9 about the heads of the queues for host memory,
-slots and copies.
+Rules 1 to 7 decide about one adapter; rules 8 and 9 about the heads of the queues for slots and
+copies.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from lorax_async.lifecycle.adapter_state import (
 )
 from lorax_async.lifecycle.arena import Arena
 from lorax_async.lifecycle.commands import Command, CopyGroups, PopulatePages, TakeSlot
-from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency, reload_cost
+from lorax_async.lifecycle.policies import EvictionPolicy
+from lorax_async.lifecycle.residency import ImageBudget, Residency, reload_cost
 from lorax_async.types import AdapterKey
 
 
 class LifecycleRules:
-    """Apply rules 1 to 6 to one adapter and collect the commands.
+    """Apply rules 1 to 7 to one adapter and collect the commands.
 
     `states` are those of all adapters. `touched` holds others that lost memory to this one and must
     be settled too.
     """
 
-    def __init__(self, residency: Residency, host: HostBudget, images: ImageBudget) -> None:
+    def __init__(self, residency: Residency, host: EvictionPolicy, images: ImageBudget) -> None:
         self.residency = residency
         self.host = host
         self.images = images
@@ -55,7 +56,7 @@ class LifecycleRules:
         return taken
 
     def settle(self, state: AdapterState) -> None:
-        """Apply rules 1 to 6 until none changes the state. Each rule returns whether it did."""
+        """Apply rules 1 to 7 until none changes the state. Each rule returns whether it did."""
         while (
             self._serve(state)
             or self._drain_unwanted_slot(state)
@@ -66,6 +67,7 @@ class LifecycleRules:
             or self._cancel_unwanted_fetch(state)
             or self.free_quiesced_file(state)
             or self._fetch(state)
+            or self._populate(state)
         ):
             pass
 
@@ -95,7 +97,7 @@ class LifecycleRules:
     def touch(self, state: AdapterState) -> None:
         """Count a use of the slot, and of the host copies behind it."""
         self.residency.policy.use(state.key)
-        if state.host is not HostState.NONE:
+        if state.is_held:
             self.host.use(state.key)
         if state.image is not None:
             self.images.policy.use(state.key)
@@ -116,8 +118,9 @@ class LifecycleRules:
         if not (state.departing or self.closing):
             return False
         holdable = state.needs is not None and state.needs.holdable
-        near = state.has_whole_image or state.host in (HostState.POPULATING, HostState.HELD)
-        state.demoted = holdable and not (near or state.unloads or self.closing)
+        near = state.has_whole_image or state.host is not HostState.NONE
+        if holdable and not (near or state.unloads or self.closing):
+            state.host = HostState.WANTED
         self.drain(state, next_slot_state(state.slot, SlotMove.EVICTED))
         return True
 
@@ -147,19 +150,17 @@ class LifecycleRules:
         gone = unloaded or self.closing or state.file is FileState.ENDING
         if not gone:
             return False
-        state.demoted = False
         if state.image is not None and not state.copying and state.slot is not SlotState.FILLING:
             self.images.drop(state)
-        if state.host is not HostState.HELD:
+        if state.host in (HostState.NONE, HostState.RELEASING):
             return False
-        if state.is_held:
+        if state.host is HostState.POPULATING or state.is_held:
             self.release_host(state)
         else:
-            state.host = HostState.NONE  # only read ahead: there is nothing to release
+            state.host = HostState.NONE  # wanted, or only read ahead: there is nothing to release
         return True
 
-    def release_host(self, state: AdapterState, *, evicted: bool = False) -> None:
-        self.host.mark_leaving(state.key, evicted=evicted)
+    def release_host(self, state: AdapterState) -> None:
         state.host = HostState.RELEASING
         self.command(commands.ReleasePages(state.key, state.attempt))
 
@@ -208,6 +209,18 @@ class LifecycleRules:
         state.attempt += 1
         state.fetch_running = True
         self.command(commands.StartFetch(state.key, state.attempt))
+        return True
+
+    def _populate(self, state: AdapterState) -> bool:
+        """Rule 7, first half. Give a file that a waiter or demotion wants to the host tier."""
+        if state.file is not FileState.PRESENT or state.unloads or self.closing:
+            return False
+        demoted = state.host is HostState.WANTED
+        asked = state.host is HostState.NONE and state.waiters.has_tier(WantedTier.HOST)
+        if not (demoted or asked):
+            return False
+        state.host = HostState.POPULATING
+        self.command(PopulatePages(state.key, state.attempt, demoted))
         return True
 
     def fail(
@@ -371,69 +384,6 @@ def _set_member(kept: dict[AdapterKey, AdapterState], state: AdapterState, *, wa
         kept.pop(state.key, None)
 
 
-_DEMOTED_URGENCY: Urgency = (True, float("inf"))
-"""Demoted adapters come after every waiter."""
-
-
-class HostTierQueue:
-    """Rule 7: the adapters that want the host tier. Only the head is served, one at a time."""
-
-    def __init__(self, rules: LifecycleRules, times: LifecycleTimes) -> None:
-        self._rules = rules
-        self._budget = rules.host
-        self._level = times.starvation_age
-        self.queue: PriorityQueue[Urgency] = PriorityQueue()
-
-    def update(self, state: AdapterState) -> None:
-        waits = state.wants_host and not self._rules.closing
-        named = waits and state.waiters.has_tier(WantedTier.HOST)
-        urgency = state.waiters.urgency(self._level) if named else _DEMOTED_URGENCY
-        self.queue.update(state.key, urgency if waits else None)
-
-    def settle_head(self) -> AdapterState | None:
-        """Populate, refuse or make room for the head. Return the adapter that changed, if any."""
-        key = self.queue.head
-        if key is None or self._budget.populating is not None:
-            return None
-        head = self._rules.states[key]
-        assert head.needs is not None
-        nbytes = head.needs.file_nbytes if head.needs.holdable else 0
-        spared = head.waiters.spared
-        kept = sum(self._budget.held.get(key, 0) for key in spared)
-        if nbytes > self._budget.nbytes - kept:
-            return self._refuse(head, nbytes, kept)
-        if nbytes > self._budget.free:
-            return self._make_room(head, nbytes)
-        self._budget.claim(key, nbytes, reload_cost(head.needs))
-        head.host = HostState.POPULATING
-        self._budget.populating = key
-        head.demoted = False
-        self._rules.command(PopulatePages(key, head.attempt))
-        return head
-
-    def _refuse(self, head: AdapterState, nbytes: int, kept: int) -> AdapterState:
-        head.demoted = False
-        waiting = [waiter.id for waiter in head.waiters.of_tiers({WantedTier.HOST})]
-        beside = f" beside {kept:,} of its prefetch" if kept else ""
-        problem = f"it needs {nbytes:,} bytes of a host tier of {self._budget.nbytes:,}{beside}"
-        error = CapacityError(f"{problem}; raise host_bytes", retryable=kept > 0)
-        self._rules.fail(head, error, waiting)
-        return head
-
-    def _make_room(self, head: AdapterState, nbytes: int) -> AdapterState | None:
-        """Wait for pages in release if they suffice, else release the first of the ranking."""
-        leaving = sum(self._budget.held[key] for key in self._budget.leaving)
-        if self._budget.free + leaving >= nbytes:
-            return None
-        for key in self._budget.policy.ranked():
-            state = self._rules.states[key]
-            held = state.host is HostState.HELD and self._budget.held[key]
-            if held and key not in head.waiters.spared:
-                self._rules.release_host(state, evicted=True)
-                return state
-        return None
-
-
 class PinnedImages:
     """Adapters in pinned memory, in the device's format, so that a reload reads no file.
 
@@ -535,9 +485,11 @@ class SlotQueue:
         if grant is not None:
             head.slot = next_slot_state(head.slot, SlotMove.SLOT_GRANTED)
             head.grant = grant
-            head.demoted = False
+            if head.host is HostState.WANTED:
+                head.host = HostState.NONE
+            elif head.is_held:
+                self._rules.host.use(head.key)
             self._images.claim(head)
-            self._rules.host.use(head.key)
             self._rules.command(TakeSlot(head.key, grant, head.waiters.oldest))
             return head
         sizes = head.needs.group_nbytes

@@ -297,6 +297,10 @@ class EntryReader(CountedReader):
         self.key = key
         super().__init__(entry.reader(WEIGHTS_FILE))
 
+    def file(self) -> FileReader:
+        assert isinstance(self._reader, FileReader)
+        return self._reader
+
     def is_cached(self) -> bool:
         """Return whether the page cache seems to have the weights."""
         return isinstance(self._reader, FileReader) and self._reader.is_cached()
@@ -332,7 +336,7 @@ class ReopenedReader:
     If it is gone then, every later read fails too, even if the cache has it again.
     """
 
-    def __init__(self, open: Callable[[], Reader]) -> None:
+    def __init__(self, open: Callable[[], EntryReader]) -> None:
         self._open = open
         self._gone = False
         self._opened = SharedResource(
@@ -350,10 +354,14 @@ class ReopenedReader:
         with self._opened as reader:
             reader.read_into(buffers, offset, rows, pitch)
 
+    def file(self) -> FileReader:
+        with self._opened as reader:
+            return reader.file()
+
     def close(self) -> None:
         self._opened.close()
 
-    def _open_once(self) -> Reader:
+    def _open_once(self) -> EntryReader:
         if self._gone:
             raise entry_gone()
         try:

@@ -15,7 +15,7 @@ from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.concurrency import FetchControl, ThreadPool, WorkerThreads
 from lorax_async.config import Checking, StoreConfig
 from lorax_async.errors import IntegrityError, InvalidAdapterIdError, LoaderClosedError
-from lorax_async.files import FileReader, LocalPages, Reader, sha256_of
+from lorax_async.files import Reader, sha256_of
 from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.http.range_downloader import RangeDownloader
@@ -34,7 +34,7 @@ from lorax_async.remote.opening import (
 )
 from lorax_async.remote.readers import EntryReader, FetchReader, ReopenedReader, entry_gone
 from lorax_async.remote.web import WebBackend
-from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
+from lorax_async.sources.base import AdapterFile, StoredFolder
 from lorax_async.telemetry import Tracer
 from lorax_async.types import (
     UNCHECKED,
@@ -146,30 +146,6 @@ class RemoteSource:
                 return digest.value
             with closing(entry.reader(WEIGHTS_FILE)) as reader:
                 return await sha256_of(reader, parts.workers)
-
-    async def populate(self, key: AdapterKey) -> PinnedPages:
-        """See `Source`: map the weights if the cache owns its files, else read ahead."""
-        parts = await self._connect()
-        run = parts.workers.run
-        entry = await run(partial(self._entry, parts, _remote(key)), close_unused)
-
-        def hold() -> LocalPages:
-            reader = entry.reader(WEIGHTS_FILE)
-            assert isinstance(reader, FileReader)
-            return LocalPages(reader, holdable=entry.mappable)
-
-        try:  # an entry that is removed meanwhile looks like a replaced one
-            pages = await run(hold, LocalPages.close)
-            try:
-                for start in pages.starts:
-                    await run(partial(pages.populate, start))
-                await run(pages.settle)
-            except BaseException:
-                await parts.workers.finish(pages.close)
-                raise
-        finally:
-            entry.close()
-        return pages
 
     def close(self) -> None:
         """End the parts. Blocks. Idempotent."""

@@ -5,7 +5,8 @@
     driver     executes the lifecycle's commands, returns outcomes; calls that wait
     folders    leases on folders of verified files
     leases     leases, slot occupancies and their watermarks; pins; callers' digests
-    fetches    fetch, populate and release tasks; transfer plans
+    fetches    fetch tasks; transfer plans
+    host_tier  files that are mapped, so that they stay in memory
     resolver   ids to adapter keys; equal requests share one resolve
     placement  the tier and memory of each adapter
 

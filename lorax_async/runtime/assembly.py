@@ -20,7 +20,7 @@ from lorax_async.errors import LoaderClosedError
 from lorax_async.ids import parse_allowed_ref
 from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
 from lorax_async.lifecycle.policies import policy
-from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
+from lorax_async.lifecycle.residency import ImageBudget, Residency
 from lorax_async.lifecycle.rules import COPIES_AHEAD, RUN_BYTES, LifecycleTimes
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.sharding import Sharding
@@ -163,7 +163,7 @@ class Assembly:
                 run_bytes=RUN_BYTES,
                 policy=policy(config.eviction),
             ),
-            HostBudget(config.host_bytes, policy(config.eviction)),
+            policy(config.eviction),
             ImageBudget(images.nbytes, device.alignment, policy(config.eviction)),
         )
         times = LifecycleTimes(
@@ -185,6 +185,8 @@ class Assembly:
             io_threads=config.io_threads,
             metadata_threads=self.store.threads,
             images=images,
+            host_bytes=config.host_bytes,
+            starvation_age=config.starvation_age,
             before_use=config.checks_before_use,
         )
 
@@ -193,7 +195,7 @@ class Assembly:
         budgets = self.driver.lifecycle.budgets
         evictions = {
             "device": budgets.device.evictions,
-            "host": budgets.host.evictions,
+            "host": self.driver.host_tier.evictions,
             "pinned": budgets.images.evictions,
         }
         return replace(self.driver.telemetry.statistics(), evictions=MappingProxyType(evictions))
@@ -202,12 +204,12 @@ class Assembly:
         """Return the use of all budgets, also after `close`."""
         budgets, copies, cache = self.driver.lifecycle.budgets, self.copies, self.store.remote.cache
         cached = None if cache is None else cache.budget.last_used
-        device, host, arena = budgets.device, budgets.host, budgets.device.arena
+        device, host, arena = budgets.device, self.driver.host_tier, budgets.device.arena
         pinned, leases = budgets.images.arena, self.driver.lease_table.leases
         return Usage(
             slots=Budget(device.slots_used, device.max_slots),
             device_bytes=Budget(arena.nbytes - arena.free_bytes, arena.nbytes),
-            host_bytes=Budget(host.nbytes - host.free, host.nbytes),
+            host_bytes=Budget(host.used, host.nbytes),
             pinned_bytes=Budget(pinned.nbytes - pinned.free_bytes, pinned.nbytes),
             memory_bytes=Budget(copies.used, copies.nbytes),
             cache_bytes=None if cached is None else Budget(cached, self._config.cache_bytes),

@@ -47,6 +47,7 @@ from lorax_async.lifecycle.adapter_state import FileState, SlotGrant, SlotState,
 from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
 from lorax_async.runtime.fetches import FetchTasks, Outcome, TransferPlanner
+from lorax_async.runtime.host_tier import HostTier, MapTasks
 from lorax_async.runtime.leases import Lease, LeaseTable, PinTable
 from lorax_async.sources.base import Source
 from lorax_async.telemetry import Telemetry
@@ -76,6 +77,8 @@ class Driver:
         io_threads: int,
         metadata_threads: Executor,
         images: torch.Tensor,
+        host_bytes: int,
+        starvation_age: float,
         before_use: bool = False,
     ) -> None:
         self.lifecycle = lifecycle
@@ -91,6 +94,10 @@ class Driver:
             decide=self._decide,
             verified=self.lease_table.verified,
             before_use=before_use,
+        )
+        self.map_tasks = MapTasks(source, metadata_threads)
+        self.host_tier = self.map_tasks.host_tier = HostTier(
+            host_bytes, lifecycle, self.map_tasks, self._decide, level=starvation_age
         )
         self.waiter_table = WaiterTable(self)
         self.pins = PinTable(lifecycle, self.execute)
@@ -115,13 +122,14 @@ class Driver:
         Running kernels are waited for in any case: their memory cannot be reclaimed.
         """
         try:
-            self.files.begin_close()
+            self.map_tasks.begin_close()
             self._execute(self.lifecycle.close(error))
             await self._vacate(timeout)
         finally:
             if self._alarm is not None:
                 self._alarm.cancel()
             self._copies.stop()
+            await self.map_tasks.stop()
             await self.files.stop()
 
     def join(self) -> None:
@@ -294,6 +302,7 @@ class Driver:
                 if command.grant is not None:
                     self._commands += self.lifecycle.end_lease(command.key)
             elif isinstance(command, commands.PopulatePages):
+                self.host_tier.waiting.pop(command.key, None)
                 self._commands += self.lifecycle.lost(command.key, command.attempt, error)
             elif isinstance(command, commands.ReleasePages):
                 self._commands += self.lifecycle.released(command.key, command.attempt)
@@ -319,9 +328,9 @@ class Driver:
             case commands.CancelFetch():
                 self.files.cancel_fetch(key)
             case commands.PopulatePages():
-                self.files.start_populate(key, command.attempt)
+                self.host_tier.populate(key, demoted=command.demoted)
             case commands.ReleasePages():
-                self.files.start_release(key, command.attempt)
+                self.host_tier.release(key)
             case commands.TakeSlot():
                 self._take_slot(command)
             case commands.WipeExtents():

@@ -1,4 +1,4 @@
-"""Tasks that open, check, plan and fetch adapters, and the readers and holds that stay open."""
+"""Tasks that open, check, plan and fetch adapters, and the readers that stay open."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
 from lorax_async.planning.sharding import Sharding
 from lorax_async.planning.transfer_plan import TransferPlan, plan_transfer
-from lorax_async.sources.base import AdapterFile, PinnedPages, RefusalCallback, Source
+from lorax_async.sources.base import AdapterFile, RefusalCallback, Source
 from lorax_async.telemetry import Telemetry
 from lorax_async.types import AdapterKey, RemoteKey, Verification
 
@@ -104,7 +104,7 @@ class _RunningFetch(NamedTuple):
 
 @dataclass(eq=False, kw_only=True)
 class FetchTasks:
-    """Runs one task per fetch, populate and release; each ends with exactly one outcome.
+    """Runs one task per fetch; each ends with exactly one outcome.
 
     `threads` parse large headers. `decide` is called on the loop with an adapter and an outcome,
     `verified` before the outcome of a fetch that checked all bytes. With `before_use`, no group is
@@ -123,14 +123,12 @@ class FetchTasks:
 
     def __post_init__(self) -> None:
         self.plans: dict[AdapterKey, TransferPlan] = {}
-        self.holds: dict[AdapterKey, PinnedPages] = {}
         self.verifications: dict[AdapterKey, Verification] = {}
         self._readers: dict[AdapterKey, Reader] = {}
         self._refusals: dict[AdapterKey, RefusalCallback] = {}
         self._running: dict[AdapterKey, _RunningFetch] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._planning = asyncio.Lock()
-        self._populating: asyncio.Task[None] | None = None
 
     def start_fetch(self, key: AdapterKey, attempt: int, *, urgent: bool) -> None:
         self.verifications.pop(key, None)
@@ -166,12 +164,6 @@ class FetchTasks:
     def cancel_fetch(self, key: AdapterKey) -> None:
         self._running[key].control.cancel()
 
-    def start_populate(self, key: AdapterKey, attempt: int) -> None:
-        self._spawn("populate", key, self._populate(key, attempt))
-
-    def start_release(self, key: AdapterKey, attempt: int) -> None:
-        self._spawn("release", key, self._release(key, attempt))
-
     def reader(self, key: AdapterKey) -> Reader:
         """Return the reader of `key`; reopen it if it was closed."""
         reader = self._readers.get(key)
@@ -206,17 +198,9 @@ class FetchTasks:
         self.verifications.pop(key, None)
         self._refusals.pop(key, None)
         self.close_reader(key)
-        hold = self.holds.pop(key, None)
-        if hold is not None:
-            _close(hold)  # its pages were at most read ahead: there is no map to undo
-
-    def begin_close(self) -> None:
-        """Cancel the running populate, which may take long for whole files."""
-        if self._populating is not None:
-            self._populating.cancel()
 
     async def stop(self) -> None:
-        """Cancel the tasks that are left, and close their readers and holds."""
+        """Cancel the tasks that are left, and close their readers."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -224,8 +208,6 @@ class FetchTasks:
             fetch.opened.set()
         for key in tuple(self._readers):
             self.close_reader(key)
-        for key in tuple(self.holds):
-            await self._close_hold(key)
 
     def _spawn(self, verb: str, key: AdapterKey, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work, name=f"lorax {verb} {key}")
@@ -353,49 +335,3 @@ class FetchTasks:
                 raise
         report()
         return verification
-
-    async def _populate(self, key: AdapterKey, attempt: int) -> None:
-        """Bring an adapter into host memory. The lifecycle runs one of these at a time."""
-        outcome: Outcome = partial(self.lifecycle.populated, key, attempt)
-        self._populating = asyncio.current_task()
-        try:
-            hold = await self.source.populate(key)
-            if hold.nbytes:
-                self.holds[key] = hold
-            else:
-                _close(hold)  # the pages were only read ahead
-        except asyncio.CancelledError:
-            error = FetchError("the loader was closed")
-            outcome = partial(self.lifecycle.lost, key, attempt, error)
-        except Exception as problem:  # noqa: BLE001 - becomes the task's outcome
-            failure = as_lorax_error(problem, "bringing the adapter into host memory failed")
-            outcome = partial(self.lifecycle.lost, key, attempt, failure)
-        finally:
-            self._populating = None
-        self.decide(key, outcome)
-
-    async def _release(self, key: AdapterKey, attempt: int) -> None:
-        try:
-            await self._close_hold(key)
-        finally:  # the hold is released even if closing it fails
-            self.decide(key, partial(self.lifecycle.released, key, attempt))
-
-    async def _close_hold(self, key: AdapterKey) -> None:
-        """Close a hold in a thread: unmapping many pages takes milliseconds."""
-        hold = self.holds.pop(key, None)
-        if hold is not None:
-            try:
-                closing = asyncio.get_running_loop().run_in_executor(self.threads, _close, hold)
-            except Exception:  # the process has reached its limit of threads
-                _logger.exception("no thread to close a hold in; closing it on the loop")
-                _close(hold)
-            else:
-                await closing
-
-
-def _close(hold: PinnedPages) -> None:
-    """Close a hold; only log an error, so that the release has its outcome."""
-    try:
-        hold.close()
-    except Exception:
-        _logger.exception("closing a hold on an adapter's pages failed")

@@ -15,8 +15,8 @@ from lorax_async.lifecycle.adapter_state import (
     SlotState,
     WantedTier,
 )
+from lorax_async.runtime.host_tier import MappedFile
 from lorax_async.runtime.resolver import Resolver
-from lorax_async.sources.base import PinnedPages
 from lorax_async.telemetry import Usage
 from lorax_async.types import AdapterId, AdapterKey, as_ref
 
@@ -41,7 +41,7 @@ class AdapterResidency:
     and checked."""
     state: str
     """The slot's state: "filling", "resident" or "leaving"; without a slot, the file's: "present",
-    "populating", "held", "read ahead" or "releasing"."""
+    "populating" (or waiting for its turn), "held", "read ahead" or "releasing"."""
     slot: SlotId | None
     device_bytes: int
     """In the arena."""
@@ -68,7 +68,7 @@ class Placement:
     """
 
     _states: Mapping[AdapterKey, AdapterState]
-    _holds: Mapping[AdapterKey, PinnedPages]
+    _maps: Mapping[AdapterKey, MappedFile]
     _copies: Mapping[AdapterKey, int]
     _resolver: Resolver
     _story: Callable[[AdapterKey], tuple[Event, ...]]
@@ -123,7 +123,7 @@ class Placement:
     def _residencies(self, keys: Iterable[AdapterKey]) -> dict[AdapterKey, AdapterResidency]:
         states = ((key, self._states.get(key)) for key in keys)
         return {
-            key: _residency(life, self._holds.get(key), self._copies.get(key, 0))
+            key: _residency(life, self._maps.get(key), self._copies.get(key, 0))
             for key, life in states
             if life is not None and _is_here(life)
         }
@@ -137,16 +137,16 @@ def _tier(life: AdapterState, copied: int) -> TierName:
     return "device" if life.grant else "host" if life.in_host or copied else "disk"
 
 
-def _residency(life: AdapterState, hold: PinnedPages | None, copied: int) -> AdapterResidency:
+def _residency(life: AdapterState, pages: MappedFile | None, copied: int) -> AdapterResidency:
     grant = life.grant
     return AdapterResidency(
         _tier(life, copied),
         "held" if copied and not grant else _state(life),
         grant.slot if grant else None,
         grant.nbytes if grant else 0,
-        hold.nbytes if hold is not None else copied,
+        pages.nbytes if pages is not None else copied,
         sum(extent.nbytes for extent in life.image or ()),
-        life.has_whole_image or (hold is not None and hold.locked),
+        life.has_whole_image or (pages is not None and pages.locked),
         life.leases,
         life.pins,
         (life.done.bit_count(), len(grant.extents)) if grant else None,
@@ -157,7 +157,7 @@ def _state(life: AdapterState) -> str:
     if life.slot is not SlotState.NONE:
         leaving = life.departing or life.slot is SlotState.DRAINING
         return "leaving" if leaving else life.slot.value
-    if life.host is HostState.NONE:
+    if life.host in (HostState.NONE, HostState.WANTED):
         return life.file.value
     ahead = life.host is HostState.HELD and not life.is_held
     return "read ahead" if ahead else life.host.value

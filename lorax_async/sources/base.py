@@ -14,21 +14,6 @@ from lorax_async.ids import LocalFolder, ParsedRef
 from lorax_async.types import AdapterKey, AdapterRef, RemoteKey, TensorsKey, Verification
 
 
-class PinnedPages(Protocol):
-    """Keeps the bytes of one adapter in memory until it is closed."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are mapped; 0 if the kernel was only asked to read ahead."""
-
-    @property
-    def locked(self) -> bool:
-        """Whether the pages are locked; else the kernel may reclaim them at any time."""
-
-    def close(self) -> None:
-        """Blocks. Idempotent."""
-
-
 class RefusalCallback(Protocol):
     """Notifies a source that an adapter which it opened was refused."""
 
@@ -44,8 +29,8 @@ class RefusalCallback(Protocol):
 class AdapterFile:
     """An opened adapter: config, the weights' `prefix` that ends with the header, and a reader.
 
-    `holdable` is whether `populate` would hold the bytes instead of only reading ahead; `cached`,
-    whether they seem to be in memory now. `refuse` is None if the source does not need a
+    `holdable` is whether no program writes to the file, so that it may be mapped; `cached`, whether
+    the bytes seem to be in memory now. `refuse` is None if the source does not need a
     notification: see `refused`. `key` is set by the router.
     """
 
@@ -107,12 +92,6 @@ class Source(Protocol):
 
     async def digest(self, key: AdapterKey) -> str:
         """Return the sha256 of weights that were fetched, as `Verification.digest` has it.
-
-        Raise as `open` does.
-        """
-
-    async def populate(self, key: AdapterKey) -> PinnedPages:
-        """Bring all bytes into host memory, and hold them there as far as the source can.
 
         Raise as `open` does.
         """
@@ -187,9 +166,6 @@ class SourceRouter:
 
     async def digest(self, key: AdapterKey) -> str:
         return await self._of(key).digest(key)
-
-    async def populate(self, key: AdapterKey) -> PinnedPages:
-        return await self._of(key).populate(key)
 
     def _of(self, key: AdapterKey) -> Source:
         match key:

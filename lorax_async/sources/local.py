@@ -7,7 +7,6 @@ files in that folder (or, in the standard hub cache, among the blobs of that fol
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import re
@@ -35,7 +34,6 @@ from lorax_async.errors import (
 from lorax_async.files import (
     FilePosition,
     FileReader,
-    LocalPages,
     Reader,
     code_of,
     has_identity,
@@ -58,7 +56,7 @@ from lorax_async.formats.peft_names import (
 from lorax_async.formats.safetensors import Header, parse_header
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.ids import LocalFolder, parse_ref
-from lorax_async.sources.base import AdapterFile, PinnedPages, StoredFolder
+from lorax_async.sources.base import AdapterFile, StoredFolder
 from lorax_async.types import (
     UNCHECKED,
     AdapterKey,
@@ -91,7 +89,7 @@ class LocalSource:
     """A `Source` of local folders.
 
     `roots` contain the folders of `str` ids; links are followed, anew for each id. Adapters in
-    immutable roots can be held in host memory, whichever id names them. `threads` run the file
+    immutable roots may be mapped, whichever id names them. `threads` run the file
     system calls; two of them open config and weights side by side. With `hashes`, weights are
     hashed each time they are opened, before they are used.
     """
@@ -164,26 +162,6 @@ class LocalSource:
         if len(self._digests) > MAX_DIGESTS:
             del self._digests[next(iter(self._digests))]
         return digest
-
-    async def populate(self, key: AdapterKey) -> PinnedPages:
-        """Map all bytes of an adapter in an immutable root, and lock them if the process may.
-
-        Elsewhere ask the kernel to read ahead, and hold nothing.
-        """
-        work = partial(_open_pages, key, self._immutable)
-        pages = await call_in(self._threads, work, LocalPages.close)
-        loop = asyncio.get_running_loop()
-        try:
-            for start in pages.starts:  # piece by piece: other users of the threads wait for one
-                await loop.run_in_executor(self._threads, pages.populate, start)
-            await loop.run_in_executor(self._threads, pages.settle)
-        except BaseException as error:
-            # A thread that still populates keeps the map until it has finished.
-            closing = self._threads.submit(pages.close)
-            if isinstance(error, Exception):
-                await asyncio.wrap_future(closing)
-            raise
-        return pages
 
 
 def _open(
@@ -402,15 +380,6 @@ def _open_known(key: AdapterKey) -> int:
     """Open the weights of a known adapter: check the config too, which is not read again."""
     require_same(os.path.join(key.location, CONFIG), key.files[0])
     return _open_weights(key)
-
-
-def _open_pages(key: AdapterKey, immutable: Sequence[str]) -> LocalPages:
-    reader = _reader(key, _open_known)
-    try:
-        return LocalPages(reader, holdable=_can_hold(reader, key, immutable))
-    except BaseException:
-        reader.close()
-        raise
 
 
 def _can_hold(reader: FileReader, key: AdapterKey, immutable: Sequence[str]) -> bool:

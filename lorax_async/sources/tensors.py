@@ -28,11 +28,11 @@ from lorax_async.errors import (
     UsageError,
     shorten,
 )
-from lorax_async.files import LocalPages, Reader, read_prefix, sha256_of
+from lorax_async.files import Reader, read_prefix, sha256_of
 from lorax_async.formats.safetensors import TensorDescription, write_header
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.planning.transfer_plan import check_size
-from lorax_async.sources.base import AdapterFile, PinnedPages
+from lorax_async.sources.base import AdapterFile
 from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, TensorsKey, Verification
 
 STEP_BYTES = 4 << 20
@@ -244,11 +244,6 @@ class MemorySource:
         """Return the sha256 of the file made of tensors."""
         with closing(self._reader(key)) as reader:
             return await sha256_of(reader, self.threads)
-
-    async def populate(self, key: AdapterKey) -> PinnedPages:
-        """Return at once: bytes in memory need no hold."""
-        with closing(self._reader(key)):
-            return LocalPages(None, holdable=False)
 
     def _reader(self, key: AdapterKey) -> CopyReader:
         copy = self.copies.get(key)

@@ -15,7 +15,7 @@ from lorax_async.lifecycle import commands
 from lorax_async.lifecycle.adapter_state import GroupSizes, Waiter, WantedTier
 from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
 from lorax_async.lifecycle.policies import EVICTION_POLICIES, LRU, PolicyName, policy
-from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
+from lorax_async.lifecycle.residency import ImageBudget, Residency
 from lorax_async.lifecycle.rules import LifecycleTimes
 
 
@@ -96,7 +96,7 @@ def test_the_lifecycle_evicts_as_it_is_simulated(
     """Lookups that need no waiting count as uses, too."""
     room = {"device_bytes": nbytes, "alignment": 64, "max_slots": 4, "copies": 2, "run_bytes": 0}
     device = Residency(**room, policy=policy(name))
-    budgets = Budgets(device, HostBudget(0, LRU()), ImageBudget(0, 64, LRU()))
+    budgets = Budgets(device, LRU(), ImageBudget(0, 64, LRU()))
     driver = Driver(Lifecycle(budgets, LifecycleTimes()), needs)
     for number, position in enumerate(asked):
         driver.request(number, position, look_up=look_up)
@@ -111,9 +111,7 @@ def test_the_lifecycle_evicts_as_it_is_simulated(
 def test_a_load_that_comes_back_within_a_tick_of_the_clock() -> None:
     """What was released meanwhile makes way for it, though it is as old as the one before."""
     room = {"device_bytes": 64, "alignment": 64, "max_slots": 1, "copies": 2, "run_bytes": 0}
-    budgets = Budgets(
-        Residency(**room, policy=LRU()), HostBudget(0, LRU()), ImageBudget(0, 64, LRU())
-    )
+    budgets = Budgets(Residency(**room, policy=LRU()), LRU(), ImageBudget(0, 64, LRU()))
     driver = Driver(life := Lifecycle(budgets, LifecycleTimes()), [GroupSizes((64,))] * 2)
     leased, wanted = AdapterKey("0", ()), AdapterKey("1", ())
     driver.request(0, 0, look_up=False)

@@ -21,14 +21,9 @@ from lorax_async.lifecycle.adapter_state import (
 )
 from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
-from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
-from lorax_async.lifecycle.rules import (
-    CopyQueue,
-    HostTierQueue,
-    LifecycleRules,
-    PinnedImages,
-    SlotQueue,
-)
+from lorax_async.lifecycle.residency import ImageBudget, Residency
+from lorax_async.lifecycle.rules import CopyQueue, LifecycleRules, PinnedImages, SlotQueue
+from lorax_async.runtime.host_tier import HostTier
 
 SMALL = ["least often used", "host memory and unload"]  # some always
 
@@ -94,9 +89,7 @@ def blind(owner: type | ModuleType, name: str, **fields: object) -> Broken:
     return owner, name, broken
 
 
-def _released_at_once(self: LifecycleRules, life: AdapterState, *, evicted: bool = False) -> None:
-    self.host.mark_leaving(life.key, evicted=evicted)
-    self.host.release(life.key)
+def _released_at_once(self: LifecycleRules, life: AdapterState) -> None:
     life.host = HostState.NONE
     self.command(commands.ReleasePages(life.key, life.attempt))
 
@@ -230,26 +223,26 @@ def _lift_without_a_decision(self: Lifecycle, key: AdapterKey) -> list[Command]:
     return self._rules.take_commands()
 
 
-def _demotion_never_served(life: AdapterState) -> bool:
-    ready = life.file is FileState.PRESENT and life.host is HostState.NONE and not life.unloads
-    return ready and life.waiters.has_tier(WantedTier.HOST)
+def _demotion_never_served(self: LifecycleRules, life: AdapterState) -> bool:
+    return life.host is not HostState.WANTED and _populate(self, life)
 
 
 def _demotes_the_held(self: LifecycleRules, life: AdapterState) -> bool:
     evicted = _evict(self, life)
     if evicted and not (life.unloads or self.closing) and life.needs is not None:
-        life.demoted = life.needs.holdable
+        life.host = HostState.WANTED if life.needs.holdable else life.host
     return evicted
 
 
-def _several_populated(self: HostTierQueue) -> AdapterState | None:
-    self._budget.populating = None
-    return _settle_head(self)
+def _several_populated(self: HostTier) -> None:
+    self.populating = None
+    _advance(self)
 
 
-def _uses_what_leaves(self: HostBudget, key: AdapterKey) -> None:
-    if key in self.held:
-        self.policy.use(key)
+def _never_free(self: HostTier, key: AdapterKey) -> None:
+    nbytes = self.sizes[key]
+    _unmapped(self, key)
+    self.sizes[key] = nbytes
 
 
 def _warm_without_bytes(self: PinnedImages, life: AdapterState) -> None:
@@ -269,7 +262,7 @@ def _only_residents_stay(self: LifecycleRules, life: AdapterState) -> None:
 
 def _losers_unsettled(self: Lifecycle) -> AdapterState | None:
     self._rules.touched.clear()
-    return self._slots.settle_head() or self._host_queue.settle_head()
+    return self._slots.settle_head()
 
 
 def _only_the_first_is_done(
@@ -284,7 +277,8 @@ _claim_image, _submit = PinnedImages.claim, CopyQueue.submit
 _update_holders = rules.SlotHolders.update
 _evict, _free_quiesced_slot = LifecycleRules._evict, LifecycleRules._free_quiesced_slot
 _drop_unwanted_host, _notify_stays = LifecycleRules._drop_unwanted_host, LifecycleRules.notify_stays
-_settle_head, _finish_unload = HostTierQueue.settle_head, LifecycleRules._finish_unload
+_populate, _finish_unload = LifecycleRules._populate, LifecycleRules._finish_unload
+_advance, _unmapped = HostTier._advance, HostTier.unmapped
 _fits_beside, _was_idle = Residency.fits_beside, AdapterState.is_idle
 NEVER = always(False)
 BROKEN: dict[str, list[Broken]] = {
@@ -366,15 +360,15 @@ BROKEN: dict[str, list[Broken]] = {
     ],
     "forgotten on demand": [(Lifecycle, "forget", _forgets)],
     "host memory for one of two": [
-        (AdapterState, "wants_host", property(_demotion_never_served)),
+        (LifecycleRules, "_populate", _demotion_never_served),
         (LifecycleRules, "_evict", _demotes_the_held),
-        (HostBudget, "use", _uses_what_leaves),
-        (HostBudget, "claim", always(None)),
-        (HostBudget, "release", always(None)),
+        (AdapterState, "is_held", property(lambda life: life.host is not HostState.NONE)),
+        (HostTier, "used", 0),
+        (HostTier, "unmapped", _never_free),
         (LifecycleRules, "release_host", _released_at_once),
-        (HostTierQueue, "_make_room", always(None)),
+        (HostTier, "_make_room", NEVER),
     ],
-    "no host memory": [(HostTierQueue, "_refuse", always(None))],
+    "no host memory": [(HostTier, "_give_up", lambda self, key, error=None: self.waiting.pop(key))],
     "populated and forgotten": [(AdapterState, "is_idle", property(_is_idle))],
     "an image between two slots": [(rules, "_is_idle", always(True))],
     "prefetch beside foreground": [
@@ -392,7 +386,7 @@ BROKEN: dict[str, list[Broken]] = {
         (Lifecycle, "withdraw_unload", _lift_without_a_decision),
         (LifecycleRules, "notify_stays", _only_residents_stay),
     ],
-    "some can be held": [(HostTierQueue, "settle_head", _several_populated)],
+    "some can be held": [(HostTier, "_advance", _several_populated)],
     "images for one of two": [
         (PinnedImages, "claim", _warm_without_bytes),
         (Lifecycle, "_next_touched", _losers_unsettled),

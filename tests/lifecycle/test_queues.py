@@ -21,7 +21,7 @@ from lorax_async.lifecycle.adapter_state import (
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.commands import CopyGroups
 from lorax_async.lifecycle.policies import LRU
-from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
+from lorax_async.lifecycle.residency import ImageBudget, Residency
 from lorax_async.lifecycle.rules import CopyQueue, LifecycleRules, PriorityQueue
 
 UNIT = 64  # Bytes; sizes below are multiples of it
@@ -34,7 +34,7 @@ class Link:
     def __init__(self, window: int = 1, run: int = 0) -> None:
         room = {"device_bytes": 1 << 30, "alignment": UNIT, "max_slots": 1000, "copies": window}
         room["run_bytes"] = UNIT * run
-        budgets = Residency(**room, policy=LRU()), HostBudget(0, LRU()), ImageBudget(0, UNIT, LRU())
+        budgets = Residency(**room, policy=LRU()), LRU(), ImageBudget(0, UNIT, LRU())
         self.rules = LifecycleRules(*budgets)
         self.queue = CopyQueue(self.rules)
         self.states: dict[str, AdapterState] = {}

@@ -15,7 +15,7 @@ from disk_cache_world import begun
 from event_loops import until
 from fault_server import Asked, Client, answer
 from remote_world import RemoteWorld, brought, opened
-from source_conformance import PopulateConformance, SourceConformance
+from source_conformance import PopulateConformance, SourceConformance, held, mapped
 from source_inputs import CONFIG, weights
 from tiny_loaders import fails
 
@@ -49,9 +49,9 @@ class TestCached(PopulateConformance):
         key = await world.source.resolve(world.put("one", CONFIG, weights(1)))
         config = CONFIG.replace(b"8", b"9") if part == "config" else CONFIG
         world.put("one", config, weights(2 if part == "weights" else 1, {"note": "longer"}))
-        hold = await world.source.populate(key)
-        assert hold.nbytes == len(weights(1))
-        hold.close()
+        with mapped(await held(world.source, key, holdable=True)) as pages:
+            assert pages is not None
+            assert pages.nbytes == len(weights(1))
 
 
 @pytest.mark.parametrize("late", [0.0, 0.003])

@@ -20,7 +20,7 @@ import tiny
 import torch
 from event_loops import until
 from false_bytes import watched
-from leaks import our_threads
+from leaks import mapped_files, our_threads
 from tiny_loaders import fails, gated, loader
 from tiny_sources import Slowed, over, state, stocked
 
@@ -39,8 +39,10 @@ from lorax_async.lifecycle.adapter_state import SlotGrant
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.commands import CopyGroups
 from lorax_async.planning.transfer_plan import GroupPlan, TransferPlan
+from lorax_async.runtime import host_tier
+from lorax_async.runtime.host_tier import MappedFile
 from lorax_async.sources.base import AdapterFile
-from lorax_async.testing import FakeHold, FakeSource
+from lorax_async.testing import FakeSource
 
 Patch = pytest.MonkeyPatch
 
@@ -247,10 +249,11 @@ async def test_the_device_outlives_copies(tmp_path: Path, monkeypatch: Patch) ->
 
 
 @pytest.mark.parametrize("step", ["resolve", "digest", "populate", "open"])
-async def test_undo_is_awaited(tmp_path: Path, step: str) -> None:
+async def test_undo_is_awaited(tmp_path: Path, monkeypatch: Patch, step: str) -> None:
     """The undo of a fetch is awaited even if the close is cancelled."""
     source = stocked(tmp_path, "a", holdable=True)
-    slowed = Slowed(source, step)
+    monkeypatch.setattr(host_tier, "populate", host_tier.populate)  # restored at the end
+    slowed = Slowed(host_tier if step == "populate" else source, step)
     there = over(source)
     await there.__aenter__()
     if step == "populate":
@@ -272,22 +275,22 @@ async def test_undo_is_awaited(tmp_path: Path, step: str) -> None:
 @pytest.mark.parametrize("by", ["unload", "close"])
 async def test_unmap_is_awaited(tmp_path: Path, monkeypatch: Patch, by: str) -> None:
     source, may_close = stocked(tmp_path, "a", holdable=True), threading.Event()
-    close = FakeHold.close
+    close = MappedFile.close
 
-    def slowly(hold: FakeHold) -> None:
+    def slowly(pages: MappedFile) -> None:
         may_close.wait(10)
-        close(hold)
+        close(pages)
 
     async with over(source) as there:
         await there.prefetch("a", tier="host")
-        monkeypatch.setattr(FakeHold, "close", slowly)
+        monkeypatch.setattr(MappedFile, "close", slowly)
         work = there.unload("a", timeout=20) if by == "unload" else there.close()
         ending = asyncio.create_task(work)
         await asyncio.sleep(0.02)
         assert not ending.done()
         may_close.set()
         await ending
-        assert source.counts.open_holds == 0
+        assert not mapped_files()
 
 
 class SlowInt(int):

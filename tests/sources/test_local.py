@@ -3,7 +3,6 @@
 import asyncio
 import ctypes
 import errno
-import mmap
 import os
 import re
 import socket
@@ -11,7 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import chdir, closing, contextmanager
+from contextlib import chdir, closing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,12 +31,13 @@ from local_world import (
     replace,
     touch,
 )
-from page_cache import cached_pages, drop_pages, map_sizes, may_lock
+from page_cache import cached_pages, drop_pages
+from source_conformance import held, mapped
 from source_inputs import CONFIG, groups_of, header_bytes, read, tensors, weights
 
 from lorax_async import AdapterKey, AdapterRef, LocalRoot, Verification, errors, files
 from lorax_async.concurrency import FetchControl
-from lorax_async.files import FileReader, LocalPages, MappedFile, identity_of, open_same
+from lorax_async.files import FileReader, identity_of, open_same
 from lorax_async.sources import local
 from lorax_async.sources.local import LocalSource
 
@@ -340,7 +340,7 @@ def uses(world: LocalWorld, key: AdapterKey) -> list[Coroutine[Any, Any, Any]]:
             return read(reader, 0, 1)
 
     opening = world.source.open(key, FetchControl())
-    return [opening, asyncio.to_thread(first_byte), world.source.populate(key)]
+    return [opening, asyncio.to_thread(first_byte), held(world.source, key, holdable=world.holds)]
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
@@ -644,8 +644,8 @@ async def is_held(source: LocalSource, id: str | Path, base: Path) -> bool:
     key = await source.resolve(AdapterRef(id))
     file = await source.open(key, FetchControl())
     file.reader.close()
-    with closing(await source.populate(key)) as hold:
-        assert bool(hold.nbytes) is file.holdable
+    with mapped(await held(source, key, holdable=file.holdable)) as pages:
+        assert bool(pages) is file.holdable
         assert len(maps_below(base)) == file.holdable
     assert maps_below(base) == []
     return file.holdable
@@ -687,143 +687,3 @@ async def test_a_file_outside_of_the_root_is_not_held(host: LocalWorld) -> None:
     (folder / WEIGHTS_NAME).unlink()
     (folder / WEIGHTS_NAME).symlink_to(other / WEIGHTS_NAME)
     assert not await is_held(host.source, folder, host.outside.parent)
-
-
-@pytest.mark.parametrize("change", [touch, cut, replace])
-@pytest.mark.parametrize("when", ["before", "during", "after"])
-async def test_a_file_that_changes_is_not_held(
-    host: LocalWorld, monkeypatch: Patch, change: Callable[[Path], None], when: str
-) -> None:
-    folder = host.roots[0] / "one"
-    populate = LocalPages.populate
-    path = host.fill(folder) / WEIGHTS_NAME
-
-    def changing(hold: LocalPages, start: int) -> None:
-        last = start == hold.starts[-1]
-        if when == "during" and not start:
-            change(path)
-        populate(hold, start)
-        if when == "after" and last:
-            change(path)
-
-    key = await host.source.resolve(AdapterRef("./one"))
-    if when == "before":
-        change(path)
-    monkeypatch.setattr(LocalPages, "populate", changing)
-    with pytest.raises(errors.IntegrityError, match=f"{WEIGHTS_NAME}.*again"):
-        await host.source.populate(key)
-    assert maps_below(folder) == []
-
-
-@pytest.mark.parametrize(("owner", "call"), [(files, "MappedFile"), (MappedFile, "populate")])
-async def test_no_memory(host: LocalWorld, monkeypatch: Patch, owner: Any, call: str) -> None:
-    def refused(*_: Any) -> NoReturn:
-        raise files.to_adapter_error(OSError(errno.ENOMEM, ""), WEIGHTS_NAME)
-
-    monkeypatch.setattr(owner, call, refused)
-    host.fill(host.roots[0] / "one")
-    key = await host.source.resolve(AdapterRef("./one"))
-    before = descriptors()
-    with pytest.raises(errors.FetchError, match=rf"{WEIGHTS_NAME} cannot be read \(ENOMEM\)"):
-        await host.source.populate(key)
-    assert (descriptors(), maps_below(host.roots[0])) == (before, [])
-
-
-NBYTES, ROUNDED = 9 * mmap.PAGESIZE + 100, 10 * mmap.PAGESIZE
-
-
-@pytest.fixture
-def path() -> Iterator[Path]:
-    """Where pages can be dropped: not on a tmpfs, which has them nowhere else."""
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
-        path = Path(folder).resolve() / "weights"
-        path.write_bytes(bytes(range(256)) * (NBYTES // 256) + b"x" * (NBYTES % 256))
-        drop_pages(path)
-        yield path
-        assert map_sizes(path) == []
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[MappedFile]:
-    with path.open("rb") as opened:
-        file = MappedFile(opened.fileno(), NBYTES, "weights")  # which needs no descriptor
-    with closing(file):
-        yield file
-
-
-def test_locked_pages_are_the_files_own(path: Path) -> None:
-    """Private copies would cost memory, and the next reader of the file would not find them."""
-    allowed = may_lock(NBYTES)
-    with opened(path) as file:
-        file.populate(0, NBYTES)
-        assert file.locked is allowed
-        (sizes,) = map_sizes(path)
-        assert sizes["Locked"] == (ROUNDED if allowed else 0)
-        assert sizes["Rss"] == ROUNDED
-        assert (sizes["Anonymous"], sizes["Private_Dirty"]) == (0, 0)
-
-
-@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOMEM, errno.EAGAIN])
-def test_locking_is_best_effort(path: Path, monkeypatch: Patch, code: int) -> None:
-    monkeypatch.setattr(files, "lock_on_fault", lambda address, nbytes: code)
-    with opened(path) as file:
-        file.populate(0, NBYTES)
-        assert not file.locked
-        (sizes,) = map_sizes(path)
-        assert (sizes["Locked"], sizes["Rss"]) == (0, ROUNDED)
-
-
-def test_an_old_kernel_reads_ahead(path: Path, monkeypatch: Patch) -> None:
-    """Nothing is mapped then, so nothing can be locked."""
-    advices: list[int] = []
-    madvise = files.madvise
-
-    def old(address: int, nbytes: int, advice: int) -> int:
-        advices.append(advice)
-        known = advice != 22  # MADV_POPULATE_READ
-        return madvise(address, nbytes, advice) if known else errno.EINVAL
-
-    monkeypatch.setattr(files, "madvise", old)
-    monkeypatch.setattr(files, "lock_on_fault", lambda address, nbytes: 0)
-    with opened(path) as file:
-        before = file.locked
-        file.populate(0, NBYTES)
-        assert (before, file.locked) == (True, False)
-    assert advices == [22, 3]  # then MADV_WILLNEED
-
-
-def test_memory_that_cannot_be_mapped_or_populated(path: Path, monkeypatch: Patch) -> None:
-    with opened(path) as file:
-        os.truncate(path, 100)
-        with pytest.raises(errors.IntegrityError, match="weights ends before byte"):
-            file.populate(0, NBYTES)
-        monkeypatch.setattr(files, "madvise", lambda *_: errno.ENOMEM)
-        with pytest.raises(errors.FetchError, match=r"weights cannot be read \(ENOMEM\)"):
-            file.populate(0, NBYTES)
-    with pytest.raises(errors.FetchError, match="EBADF"):
-        MappedFile(-1, NBYTES, "weights")
-
-
-def test_closed_while_it_is_populated(path: Path, monkeypatch: Patch) -> None:
-    """Another map may take the addresses as soon as they are free."""
-    madvise = files.madvise
-    with opened(path) as file:
-
-        def slow(address: int, nbytes: int, advice: int) -> int:
-            file.close()
-            assert len(map_sizes(path)) == 1
-            return madvise(address, nbytes, advice)
-
-        monkeypatch.setattr(files, "madvise", slow)
-        file.populate(0, NBYTES)
-        assert map_sizes(path) == []
-        with pytest.raises(errors.FetchError, match="the map of weights was closed"):
-            file.populate(0, 1)
-
-
-def test_a_map_that_was_forgotten_is_told(path: Path) -> None:
-    with (
-        path.open("rb") as file,
-        pytest.warns(ResourceWarning, match="the map of weights was never closed"),
-    ):
-        MappedFile(file.fileno(), NBYTES, "weights")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from leaks import mapped_files
 from local_world import LocalWorld, nothing_left_open
 from source_conformance import PopulateConformance, SourceConformance
 
@@ -43,8 +44,8 @@ def made(kind: str, folder: Path) -> Iterator[FakeWorld | LocalWorld]:
             fake.source = SourceRouter(fake.inner, fake.inner)
             fake.source.memory = memory
         yield fake
-    counts = fake.inner.counts
-    assert (counts.open_readers, counts.open_holds) == (0, 0)
+    assert fake.inner.counts.open_readers == 0
+    assert not mapped_files()
 
 
 KINDS = ["fake", "fake held", "local", "local held", "local hashed", "memory", "memory held"]

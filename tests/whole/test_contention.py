@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from inspect import signature
 from secrets import randbits
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import contention_observer as observer
 import pytest
@@ -17,18 +17,18 @@ from event_loops import LOOPS
 from hypothesis import Phase, example, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky
-from leaks import our_threads
+from leaks import mapped_files, our_threads
 
 from lorax_async import AdapterHandle, AdapterKey, LoaderConfig, Prefetch, SlotId, errors
 from lorax_async.devices import transfer
 from lorax_async.devices.simulated import SimulatedDevice, SimulatedStream
 from lorax_async.errors import FetchError, IntegrityError, TransferError
 from lorax_async.lifecycle.adapter_state import AdapterState
-from lorax_async.lifecycle.residency import HostBudget
 from lorax_async.lifecycle.rules import LifecycleRules
 from lorax_async.loader import AdapterLoader
+from lorax_async.runtime import host_tier
+from lorax_async.runtime.host_tier import HostTier, MappedFile
 from lorax_async.runtime.placement import TierName
-from lorax_async.sources.base import PinnedPages
 from lorax_async.testing import FakeSource
 from lorax_async.testing import Step as SourceStep
 
@@ -65,13 +65,12 @@ class Scene:
 
 
 class Stock(FakeSource):
-    """Adapters in versions; counts the bytes that are held."""
+    """Adapters in versions."""
 
     def __init__(self) -> None:
         super().__init__(holdable=True)
         self.versions: dict[AdapterKey, Made] = {}
         self.latest = dict.fromkeys(IDS, -1)
-        self.held_bytes = 0
         for id in IDS:
             self.replace(id)
 
@@ -80,23 +79,25 @@ class Stock(FakeSource):
         files = made(id, self.latest[id])
         self.versions[self.put(id, files.config, files.content)] = files
 
-    async def populate(self, key: AdapterKey) -> PinnedPages:
-        hold = await super().populate(key)
-        self.held_bytes += hold.nbytes
-        return CountedHold(hold, self)
 
+class CountedMap(MappedFile):
+    """A map whose bytes are counted until it is closed."""
 
-class CountedHold:
-    """A hold whose bytes are counted until it is closed."""
+    sizes: ClassVar[dict[int, int]] = {}
 
-    def __init__(self, hold: PinnedPages, stock: Stock) -> None:
-        self.nbytes, self.locked = hold.nbytes, hold.locked
-        self._hold, self._stock, self._counted = hold, stock, hold.nbytes
+    def __init__(self, fd: int, nbytes: int, name: str) -> None:
+        super().__init__(fd, nbytes, name)
+        self.sizes[id(self)] = nbytes
 
     def close(self) -> None:
-        self._hold.close()
-        self._stock.held_bytes -= self._counted
-        self._counted = 0
+        super().close()
+        self.sizes.pop(id(self), None)
+
+
+@pytest.fixture(autouse=True)
+def count_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    CountedMap.sizes.clear()
+    monkeypatch.setattr(host_tier, "MappedFile", CountedMap)
 
 
 @dataclass(slots=True, eq=False)
@@ -314,7 +315,7 @@ class World:
                 self.blame(same and found.scale == scale, f"a handle of {handle.id} is wrong")
 
     def _check_budgets(self) -> None:
-        held = self.source.held_bytes
+        held = sum(CountedMap.sizes.values())
         self.blame(held <= HOST_BYTES, f"{held} bytes of files are held")
         where = self.loader.placement().adapters.values()
         on_device = [each for each in where if each.slot is not None]
@@ -339,7 +340,7 @@ ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
     "layer": _layers,
     "groups": st.lists(_layers, max_size=1),
     "at_once": st.booleans(),
-    "step": st.sampled_from(["resolve", "open", "fetch_groups", "verify", "read", "populate"]),
+    "step": st.sampled_from(["resolve", "open", "fetch_groups", "verify", "read"]),
     "later": st.integers(0, 5),
     "seconds": st.sampled_from([0.0, 0.001]),
     "milliseconds": st.integers(1, 8),
@@ -518,7 +519,7 @@ async def _ended(world: World) -> None:
 
 def _nothing_is_left(world: World) -> None:
     counts = world.source.counts
-    world.blame(not counts.open_readers and not counts.open_holds, f"left open: {counts}")
+    world.blame(not counts.open_readers and not mapped_files(), f"left open: {counts}")
     world.blame(not world.device.stays, "a slot was never cleared")
     named = any(world.device.column(slot) for slot in range(world.scene.slots))
     world.blame(not named, "a column still names somebody")
@@ -570,7 +571,7 @@ FAULTS: list[tuple[object, str, object]] = [
     (LifecycleRules, "_free_quiesced_slot", _blind_to_copies),
     (SimulatedDevice, "wait_for", lambda *_: None),  # a kernel does not wait for its copy
     (transfer, "zero", lambda *_: None),  # ranks are not padded
-    (HostBudget, "claim", lambda *_: None),  # held files cost nothing
+    (HostTier, "used", 0),  # held files cost nothing
 ]
 
 

@@ -21,7 +21,8 @@ from tiny_sources import WEIGHTS
 
 from lorax_async import AdapterLoader, LoaderConfig, LocalRoot, Usage, errors
 from lorax_async.devices.simulated import SimulatedDevice
-from lorax_async.files import FileReader, LocalPages
+from lorax_async.files import FileReader
+from lorax_async.runtime.host_tier import MappedFile
 from lorax_async.runtime.placement import TierName
 from lorax_async.testing import FakeSource, Step
 
@@ -123,7 +124,7 @@ class Bench:
         # A thread that began for a cancelled call closes its files when it ends.
         await until(lambda: not mapped_files() and open_files() <= self.files_before)
         counts = self.source.counts
-        assert (counts.open_readers, counts.open_holds) == (0, 0)
+        assert counts.open_readers == 0
 
     async def assert_works(self) -> None:
         """From nothing, from whatever a round of the others left, and beside them."""
@@ -158,7 +159,7 @@ async def tiers(base: Path, where: str = "local", **settings: Any) -> AsyncItera
         yield bench
     assert not mapped_files()
     assert not our_threads()
-    assert (source.counts.open_readers, source.counts.open_holds) == (0, 0)
+    assert source.counts.open_readers == 0
 
 
 @pytest.mark.each_loop
@@ -246,7 +247,6 @@ SOURCE_STEPS: dict[tuple[Step, int], tuple[str, ...]] = {
         VERBS,
     ),
     **dict.fromkeys((("read", 0), ("read", 2)), DEVICE_VERBS),
-    ("populate", 0): HOST_VERBS,
 }
 """By step and group: the verbs that come to it."""
 
@@ -260,9 +260,10 @@ LATER_STEPS = {
     "staged": ("lorax_async.devices.staging.StagingBuffer.convert", DEVICE_VERBS),
     "copy asked for": ("lorax_async.devices.simulated.SimulatedDevice.copy", DEVICE_VERBS),
     "copy ran": ("lorax_async.devices.cpu.CpuDevice.copy", DEVICE_VERBS),
-    "mapped": ("lorax_async.files.MappedFile", HOST_VERBS),
-    "populated": ("lorax_async.files.LocalPages.populate", HOST_VERBS),
-    "settled": ("lorax_async.files.LocalPages.settle", HOST_VERBS),
+    "opened to be mapped": ("lorax_async.runtime.host_tier._open_pages", HOST_VERBS),
+    "mapped": ("lorax_async.runtime.host_tier.MappedFile", HOST_VERBS),
+    "populated": ("lorax_async.runtime.host_tier.MappedFile.populate", HOST_VERBS),
+    "settled": ("lorax_async.runtime.host_tier._require_unchanged", HOST_VERBS),
 }
 
 
@@ -380,22 +381,22 @@ def quiet(monkeypatch: Patch) -> None:
 @each_error
 @pytest.mark.usefixtures("quiet")
 async def test_a_hold_does_not_close(tmp_path: Path, monkeypatch: Patch, error: Exception) -> None:
-    close = LocalPages.close
+    close = MappedFile.close
 
-    def fail(hold: LocalPages) -> None:
-        close(hold)
+    def fail(pages: MappedFile) -> None:
+        close(pages)
         raising(error)()
 
     async with tiers(tmp_path) as bench:
         await bench.do("host")
         with monkeypatch.context() as patch:
-            patch.setattr(LocalPages, "close", fail)
+            patch.setattr(MappedFile, "close", fail)
             await bench.loader.unload(bench.ids["a"], timeout=2)
         await bench.assert_clean()
         await bench.do("host")
         await bench.assert_works()
         await bench.loader.prefetch([bench.ids["a"], bench.ids["b"]], tier="host")
-        monkeypatch.setattr(LocalPages, "close", fail)
+        monkeypatch.setattr(MappedFile, "close", fail)
         await bench.loader.close()
 
 

@@ -13,6 +13,7 @@ from lorax_async.lifecycle import commands
 from lorax_async.lifecycle.adapter_state import (
     AdapterState,
     FileState,
+    HostState,
     SlotGrant,
     SlotState,
     WantedTier,
@@ -23,12 +24,19 @@ from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
 
 def perform(world: World, action: Action) -> None:
     """Perform `action`, and check all commands that the lifecycle returns."""
-    for command in getattr(world, str(action[0]))(*action[1:]):
-        a = world.setting.keys.index(command.key)
-        _judge_files(world, a, command)
-        _judge_slots(world, a, command)
-        _judge_notices(world, a, command)
+    world.commands.extend(getattr(world, str(action[0]))(*action[1:]))
+    world.execute()
     _check_between_steps(world)
+
+
+def _judge(world: World, command: commands.Command) -> None:
+    a = world.setting.keys.index(command.key)
+    _judge_files(world, a, command)
+    _judge_slots(world, a, command)
+    _judge_notices(world, a, command)
+
+
+World.judge = _judge
 
 
 def _judge_files(world: World, a: int, command: commands.Command) -> None:
@@ -44,18 +52,9 @@ def _judge_files(world: World, a: int, command: commands.Command) -> None:
             forbid(cancelled, "a fetch was cancelled twice")
             world.fetches[a] = (header, told, True)
         case commands.PopulatePages():
-            forbid(world.closed, "populated after close")
-            forbid(bool(world.populating), "two are populated at once")
-            forbid(a in world.releasing, "populated while it is released")
-            forbid(a in world.held, "populated while it is held")
-            forbid(world.unloads.get(a), "populated while it is unloaded")
-            forbid(a in world.fetches or not world.readable.get(a), "populated without a file")
-            world.read_ahead.discard(a)
-            world.populating.add(a)
+            world.host.populate(command.key, demoted=command.demoted)
         case commands.ReleasePages():
-            forbid(a not in world.held | world.read_ahead, "released what is not held")
-            forbid(a in world.releasing, "released twice")
-            world.releasing.add(a)
+            world.host.release(command.key)
         case commands.ForgetAdapter():
             forbid(command.key in world.lifecycle.states, "forgotten but known")
             in_memory = a in world.held | world.populating | world.releasing
@@ -241,7 +240,7 @@ def _check_between_steps(world: World) -> None:
     holders = (world.populating | world.held).intersection(world.setting.holdable)
     free = world.setting.host_bytes - sum(sum(world.setting.sizes[a]) for a in holders)
     forbid(free < 0, "more is held than host_bytes")
-    forbid(world.lifecycle.budgets.host.free != free, "host_bytes leaked")
+    forbid(world.host.nbytes - world.host.used != free, "host_bytes leaked")
     if world.setting.image_bytes:
         _check_images(world)
     for a in world.holder:
@@ -302,7 +301,9 @@ def _check_memory(world: World) -> None:
 
 def _holds_nothing(world: World, a: int) -> bool:
     life = world.lifecycle.states.get(world.setting.keys[a])
-    if life is None or life.image is not None or life.waiters or life.unloads or life.demoted:
+    if life is None or life.image is not None or life.waiters or life.unloads:
+        return False
+    if life.host is HostState.WANTED or life.key in world.host.waiting:
         return False
     busy = (world.fetches, world.populating, world.releasing, world.held, world.holder)
     return not any(a in each for each in busy)
@@ -319,7 +320,8 @@ def _check_forward(world: World) -> None:
     due = world.setting.min_residency and lifecycle.next_tick is not None
     forbid(world.waiting and not due, "stranded")
     forbid(any(world.unloads.values()), "an unload never ends")
-    forbid(any(life.demoted for life in lifecycle.states.values()), "a demotion never ends")
+    wanted = any(life.host is HostState.WANTED for life in lifecycle.states.values())
+    forbid(wanted or world.host.waiting, "a demotion never ends")
     active = not lifecycle.at_rest or world.held or world.holder
     forbid(world.closed and active, "closed and idle, but not at rest")
 
@@ -332,6 +334,10 @@ _values = attrgetter(*(field.name for field in fields(AdapterState) if field.nam
 def clone(world: World) -> World:
     twin = _twin(world)
     twin.lifecycle = _clone_lifecycle(world)
+    twin.host, old = twin.new_host_tier(), world.host
+    twin.host.populating = old.populating
+    for name in ("waiting", "sizes", "leaving"):
+        setattr(twin.host, name, getattr(old, name).copy())
     return twin
 
 
@@ -348,7 +354,7 @@ def _clone_lifecycle(world: World) -> Lifecycle:
     old = world.lifecycle
     budgets = old.budgets
     images = _twin(budgets.images) if world.setting.image_bytes else budgets.images
-    budgets = Budgets(_twin(budgets.device), _twin(budgets.host), images)
+    budgets = Budgets(_twin(budgets.device), budgets.host.copy(), images)
     new = Lifecycle(budgets, world.setting.pace)
     new._rules.closing = old._rules.closing
     new._slots.now = old._slots.now
@@ -363,7 +369,6 @@ def _clone_lifecycle(world: World) -> Lifecycle:
     for name, kept in vars(old._slots.holders).items():
         own = kept if name == "_seen" else {key: new.states[key] for key in kept}
         setattr(new._slots.holders, name, own.copy())
-    new._host_queue.queue = _twin(old._host_queue.queue)
     for name in ("virtual_time", "_last_tag", "_threads", "_copying", "_copying_bytes"):
         setattr(new._copies, name, getattr(old._copies, name))
     new._copies._foreground = old._copies._foreground.copy()
@@ -381,7 +386,7 @@ _PRINTED = (
 
 _printed = attrgetter(
     *("file", "host", "slot", "fetched", "submitted", "done", "image", "imaged", "pins", "leaving"),
-    *("unloads", "leave_notified", "demoted", "broken", "wiping", "is_fast"),
+    *("unloads", "leave_notified", "broken", "wiping", "is_fast"),
 )
 
 
@@ -407,15 +412,15 @@ def _frozen(state: dict[int, object] | set[int] | list[int]) -> object:
 
 def _queue_print(world: World) -> tuple[object, ...]:
     lifecycle, setting = world.lifecycle, world.setting
-    budgets, demoted = lifecycle.budgets, lifecycle._host_queue.queue
+    budgets, host = lifecycle.budgets, world.host
     forgets = len(setting.sizes) > setting.max_idle
-    waits = (entry for entry in sorted(demoted._heap) if demoted._waiting.get(entry[2]) == entry[0])
     return (
         budgets.device.policy.state(),
-        budgets.host.policy.state(),
+        budgets.host.state(),
         budgets.images.policy.state(),
         tuple(lifecycle._idle._entries) if forgets else None,
-        tuple(dict.fromkeys(entry[2] for entry in waits)),
+        tuple(host.waiting.items()),
+        frozenset(host.leaving),
         lifecycle.next_tick is None,
     )
 

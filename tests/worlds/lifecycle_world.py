@@ -4,9 +4,10 @@ The world plays driver, device and callers, one step at a time: it holds what is
 small enough to be explored exhaustively, which `explore` does.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self, cast
 
 from lorax_async import AdapterKey, FetchError, LoaderClosedError, TransferError
 from lorax_async.lifecycle.adapter_state import (
@@ -20,8 +21,9 @@ from lorax_async.lifecycle.adapter_state import (
 from lorax_async.lifecycle.commands import Command, CopyGroups
 from lorax_async.lifecycle.lifecycle import Budgets, Lifecycle
 from lorax_async.lifecycle.policies import GDSF, LFU, LRU, EvictionPolicy, PolicyName
-from lorax_async.lifecycle.residency import HostBudget, ImageBudget, Residency
+from lorax_async.lifecycle.residency import ImageBudget, Residency
 from lorax_async.lifecycle.rules import LifecycleTimes
+from lorax_async.runtime.host_tier import HostTier
 
 AGE = 10.0
 MIN_RESIDENCY = 5.0
@@ -129,6 +131,11 @@ class World:
     since: dict[int, float] = field(default_factory=dict)  # Of those who wait
     next_waiter: int = 0
     closed: bool = False
+    host: HostTier = field(init=False)
+    commands: deque[Command] = field(default_factory=deque)
+    executing: bool = False
+    judge: ClassVar[Callable[["World", Command], None]]
+    """Checks a command and executes it; set by the explorer."""
 
     @classmethod
     def new(cls, setting: Setting) -> Self:
@@ -141,9 +148,29 @@ class World:
             run_bytes=setting.run_bytes,
             policy=new_policy(),
         )
-        host = HostBudget(setting.host_bytes, new_policy())
         images = ImageBudget(setting.image_bytes, ALIGNMENT, new_policy())
-        return cls(setting, Lifecycle(Budgets(device, host, images), setting.pace))
+        world = cls(setting, Lifecycle(Budgets(device, new_policy(), images), setting.pace))
+        world.host = world.new_host_tier()
+        return world
+
+    def new_host_tier(self) -> HostTier:
+        return HostTier(
+            self.setting.host_bytes, self.lifecycle, cast("Any", self), self.decide, level=AGE
+        )
+
+    def decide(self, _: AdapterKey, outcome: Callable[[], list[Command]]) -> None:
+        """Execute what the lifecycle decides, as the driver does."""
+        self.commands.extend(outcome())
+        self.execute()
+
+    def execute(self) -> None:
+        """Execute the commands, unless that is being done; those they cause come last."""
+        if self.executing:
+            return
+        self.executing = True
+        while self.commands:
+            self.judge(self.commands.popleft())
+        self.executing = False
 
     @property
     def leased(self) -> list[int]:
@@ -284,17 +311,42 @@ class World:
     def populated(self, a: int) -> list[Command]:
         self.populating.discard(a)
         (self.held if a in self.setting.holdable else self.read_ahead).add(a)
-        return self.lifecycle.populated(*self._attempt(a))
+        self.host.populated(self.setting.keys[a], None)
+        return []
 
     def lost(self, a: int) -> list[Command]:
+        """The file was lost, unless nothing is wanted of it any more."""
         self.populating.discard(a)
-        self.forget_content(a)
-        return self.lifecycle.lost(*self._attempt(a), FetchError("ordered"))
+        if self.setting.keys[a] not in self.host.leaving:
+            self.forget_content(a)
+        self.host.populated(self.setting.keys[a], FetchError("ordered"))
+        return []
 
     def released(self, a: int) -> list[Command]:
         for pages in (self.releasing, self.held, self.read_ahead):
             pages.discard(a)
-        return self.lifecycle.released(*self._attempt(a))
+        self.host.unmapped(self.setting.keys[a])
+        return []
+
+    def populate(self, key: AdapterKey, *, holdable: bool) -> None:
+        """Begin to populate a file: one of the tasks of the host tier."""
+        a = self.setting.keys.index(key)
+        forbid(holdable != (a in self.setting.holdable), "held, but may change")
+        forbid(self.closed, "populated after close")
+        forbid(self.populating, "two are populated at once")
+        forbid(a in self.releasing, "populated while it is released")
+        forbid(a in self.held, "populated while it is held")
+        forbid(self.unloads.get(a), "populated while it is unloaded")
+        forbid(a in self.fetches or not self.readable.get(a), "populated without a file")
+        self.read_ahead.discard(a)
+        self.populating.add(a)
+
+    def unmap(self, key: AdapterKey) -> None:
+        """Begin to release a file's pages: the other task of the host tier."""
+        a = self.setting.keys.index(key)
+        forbid(a not in self.held | self.read_ahead, "released what is not held")
+        forbid(a in self.releasing, "released twice")
+        self.releasing.add(a)
 
     def copy_done(self, a: int, groups: tuple[int, ...], *others: CopyGroups) -> list[Command]:
         copy = self.copies.pop((a, groups))

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from hashlib import sha256
 from itertools import pairwise
 from threading import current_thread
@@ -29,6 +29,7 @@ from source_inputs import (
 from lorax_async import AdapterKey, AdapterRef, FetchError, IntegrityError, errors
 from lorax_async.concurrency import FetchControl
 from lorax_async.formats.spans import ByteSpan
+from lorax_async.runtime.host_tier import MappedFile, populate
 from lorax_async.sources.base import AdapterFile, Source
 
 
@@ -256,50 +257,60 @@ class SourceConformance:
         assert set(ends) == {True, False}
 
 
+async def held(source: Source, key: AdapterKey, *, holdable: bool) -> MappedFile | None:
+    """Bring an adapter into host memory, as the host tier does. Its threads have ended then."""
+    with ThreadPoolExecutor(2) as threads:
+        return await populate(source.reopen(key), threads, holdable=holdable)
+
+
 class HoldingWorld(World, Protocol):
     holds: bool
     """Its adapters can be held."""
 
 
 class PopulateConformance:
-    async def test_a_hold_is_what_the_opened_file_promised(self, world: HoldingWorld) -> None:
+    """What a source opens again, the host tier can map, or else read ahead."""
+
+    async def test_a_map_is_what_the_opened_file_promised(self, world: HoldingWorld) -> None:
         content = weights(1)
         key = await resolved(world, content)
         file = await world.source.open(key, FetchControl())
         file.reader.close()
-        with closing(await world.source.populate(key)) as hold:
-            assert hold.nbytes == (len(content) if world.holds else 0)
-            assert file.holdable is world.holds
-            assert hold.locked in {False, world.holds}
+        assert file.holdable is world.holds
+        with mapped(await held(world.source, key, holdable=file.holdable)) as pages:
+            assert (pages.nbytes if pages else 0) == (len(content) if world.holds else 0)
 
-    async def test_holds_are_closed_once_each_in_any_thread(self, world: HoldingWorld) -> None:
+    async def test_maps_are_closed_once_each_in_any_thread(self, world: HoldingWorld) -> None:
         key = await resolved(world, weights(1))
-        holds = await asyncio.gather(*(world.source.populate(key) for _ in range(6)))
+        found = [await held(world.source, key, holdable=world.holds) for _ in range(6)]
+        maps = [pages for pages in found if pages is not None]
+        assert len(maps) == 6 * world.holds
         with ThreadPoolExecutor(3) as threads:
-            closings = [threads.submit(hold.close) for hold in (*holds[:5], *holds[:5])]
-            assert [closing.result() for closing in closings] == [None] * 10
-        holds[5].close()
-        holds[5].close()
+            closings = [threads.submit(pages.close) for pages in (*maps[:5], *maps[:5])]
+            assert [closing.result() for closing in closings] == [None] * len(closings)
+        for pages in 2 * maps[5:]:
+            pages.close()
 
     @pytest.mark.parametrize("closed", [False, True])
-    async def test_a_hold_leaves_readers_alone(self, world: HoldingWorld, closed: bool) -> None:
+    async def test_a_map_leaves_readers_alone(self, world: HoldingWorld, closed: bool) -> None:
         content = weights(1)
         file, key = await brought(world, content)
-        with closing(await world.source.populate(key)) as hold:
-            if closed:
-                hold.close()
+        with mapped(await held(world.source, key, holdable=world.holds)) as pages:
+            if closed and pages is not None:
+                pages.close()
             for reader in (file.reader, world.source.reopen(key)):
                 assert read(reader, 0, len(content)) == content
                 reader.close()
 
-    async def test_a_held_adapter_may_be_replaced(self, world: HoldingWorld) -> None:
-        first, second = weights(1), weights(2, {"note": "longer"})
-        hold = await world.source.populate(await resolved(world, first))
-        newer = await world.source.populate(await resolved(world, second))
-        sizes = (len(first), len(second)) if world.holds else (0, 0)
-        assert (hold.nbytes, newer.nbytes) == sizes
-        hold.close()
-        newer.close()
+    async def test_a_mapped_adapter_may_be_replaced(self, world: HoldingWorld) -> None:
+        contents = weights(1), weights(2, {"note": "longer"})
+        with ExitStack() as maps:
+            for content in contents:
+                pages = await held(
+                    world.source, await resolved(world, content), holdable=world.holds
+                )
+                maps.enter_context(mapped(pages))
+                assert (pages.nbytes if pages else 0) == (len(content) if world.holds else 0)
 
     @VERSIONS
     async def test_another_version_is_not_held(
@@ -308,11 +319,17 @@ class PopulateConformance:
         key = await resolved(world, weights(1))
         world.put("one", config, content)
         with pytest.raises(IntegrityError, match="again"):
-            await world.source.populate(key)
+            await held(world.source, key, holdable=world.holds)
 
     @pytest.mark.parametrize("late", [0.0, 0.003])
     async def test_populate_cancelled_at_any_await(self, world: HoldingWorld, late: float) -> None:
         key = await resolved(world, weights(1))
-        ends = [await was_cancelled(world.source.populate(key), at, late) for at in range(12)]
+        calls = (held(world.source, key, holdable=world.holds) for _ in range(12))
+        ends = [await was_cancelled(call, at, late) for at, call in enumerate(calls)]
         assert ends.count(True) >= 1
         assert ends == sorted(ends, reverse=True)
+
+
+def mapped(pages: MappedFile | None) -> AbstractContextManager[MappedFile | None]:
+    """Close the map, if there is one, at the end."""
+    return nullcontext() if pages is None else closing(pages)

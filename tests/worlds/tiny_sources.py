@@ -67,14 +67,14 @@ def granted(events: list[Event]) -> list[str]:
 
 
 class Slowed:
-    """Delays a step of a source until `may_go_on`; counts calls, and cancelled ones at their end."""
+    """Delays a step of its owner, such as a source, until `may_go_on`; counts calls, and cancelled ones at their end."""
 
-    def __init__(self, source: FakeSource, step: str) -> None:
+    def __init__(self, owner: object, step: str) -> None:
         self.asked, self.cancelled, self.may_go_on = 0, 0, asyncio.Event()
-        self._step = getattr(source, step)
-        setattr(source, step, self)
+        self._step = getattr(owner, step)
+        setattr(owner, step, self)
 
-    async def __call__(self, *args: object) -> Any:
+    async def __call__(self, *args: object, **options: object) -> Any:
         self.asked += 1
         try:
             await self.may_go_on.wait()
@@ -82,4 +82,4 @@ class Slowed:
             await asyncio.sleep(0.01)
             self.cancelled += 1
             raise
-        return await self._step(*args)
+        return await self._step(*args, **options)

@@ -10,6 +10,7 @@ from lorax_async.handle import AdapterHandle
 from lorax_async.runtime import leases
 from lorax_async.runtime.driver import Driver, WaiterTable
 from lorax_async.runtime.fetches import FetchTasks
+from lorax_async.runtime.host_tier import MapTasks
 from lorax_async.runtime.leases import DigestChecks, Lease, SlotOccupancy
 from mutants.mutation import Mutants, NoLock, mutant, same, seen_by, skipped
 
@@ -18,7 +19,7 @@ ENDING = "runtime/test_ending.py"
 DIGESTS = "runtime/test_verification.py"
 
 _tickets, _needed, _end = SlotOccupancy.tickets, SlotOccupancy._needed, Lease.end
-_close_hold = FetchTasks._close_hold
+_unmap = MapTasks._unmap
 
 
 def _own_tickets_only(self: SlotOccupancy, layer: int) -> Any:
@@ -56,8 +57,8 @@ class _NoTurn:
         return iter(())
 
 
-async def _hold_closed_later(self: FetchTasks, key: Any) -> None:
-    self._spawn("release", key, _close_hold(self, key))
+async def _unmapped_later(self: MapTasks, key: Any) -> None:
+    self._spawn("release", key, _unmap(self, key))
 
 
 LOADER: Mutants = {
@@ -106,7 +107,7 @@ LOADER: Mutants = {
         "runtime/test_replacing.py::test_several_replacements_at_once_come_in_their_order",
         (OrderedCalls, "enter", lambda *_: nullcontext(_NoTurn()))),
     "files: closing a hold is waited for": mutant(
-        f"{ENDING}::test_unmap_is_awaited", (FetchTasks, "_close_hold", _hold_closed_later)),
+        f"{ENDING}::test_unmap_is_awaited", (MapTasks, "_unmap", _unmapped_later)),
     "digests: a load waits for the comparison": mutant(
         f"{DIGESTS}::test_a_digest_is_compared_for_its_caller_alone",
         skipped(DigestChecks, "require")),

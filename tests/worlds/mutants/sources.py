@@ -5,11 +5,11 @@ from typing import Any
 from lorax_async import concurrency
 from lorax_async.adapters import merging
 from lorax_async.concurrency import SharedResource, WorkerThreads
-from lorax_async.files import LocalPages
 from lorax_async.remote import base, opening, readers
 from lorax_async.remote.opening import AdapterOpener, VersionResolver
 from lorax_async.remote.readers import FetchReader
 from lorax_async.remote.remote_source import RemoteSource
+from lorax_async.runtime import host_tier
 from lorax_async.sources.tensors import HostCopies, HostCopy, TensorSnapshot
 from lorax_async.types import AdapterKey
 from mutants.mutation import Mutants, NoLock, mutant, nothing, nothing_awaited, skipped
@@ -59,8 +59,8 @@ SOURCES: Mutants = {
     "opened once: one read opens": mutant(
         f"{LOCAL}::test_many_first_reads", (concurrency, "Lock", NoLock)),
     "hold: what is held is what was opened": mutant(
-        f"{LOCAL}::test_a_file_that_changes_is_not_held",
-        (LocalPages, "settle", lambda self: self._reader.close())),
+        "runtime/test_host_tier.py::test_a_file_that_changes_is_not_held",
+        (host_tier, "_require_unchanged", nothing)),
     "tensors: writes during the copy are noticed": mutant(
         f"{MEMORY}::test_a_write_at_any_time_is_noticed",
         skipped(TensorSnapshot, "_require_unchanged")),
