@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from late_device import build
 from late_device.world import LATE
-from source_conformance import bring_all, held
+from source_conformance import fetch_all, held
 from source_inputs import CONFIG, cannot_read, groups_of, read, read_rows, rows_of, tensors
 
 from lorax_async import Limits, errors
@@ -62,7 +62,7 @@ async def test_tensors_are_opened_like_a_file(world: World) -> None:
     assert_equal(safetensors.torch.load(content), tensors(1))
     assert (file.config, file.holdable) == (CONFIG, False)
     assert content.startswith(file.prefix)
-    await bring_all(world.source, file, content)
+    await fetch_all(world.source, file, content)
     again, apart = world.source.reopen(key), ByteSpan(50, 55, 7, 11)
     parts = [memoryview(bytearray(n)) for n in (0, 5, 1, 64)]
     again.read_into(parts, 7)

@@ -46,7 +46,7 @@ async def resolved(world: World, content: bytes, config: bytes = CONFIG) -> Adap
     return await world.source.resolve(world.put("one", config, content))
 
 
-async def bring_all(source: Source, file: AdapterFile, content: bytes) -> None:
+async def fetch_all(source: Source, file: AdapterFile, content: bytes) -> None:
     await source.fetch_groups(file, groups_of(content), lambda _: None, FetchControl())
 
 
@@ -210,7 +210,7 @@ class SourceConformance:
         with pytest.raises(IntegrityError, match="again"):
             file = await world.source.open(key, FetchControl())
             with closing(file.reader):  # what came until then may be no more than a promise
-                await bring_all(world.source, file, content)
+                await fetch_all(world.source, file, content)
 
     async def test_no_read_mixes_versions(self, world: World) -> None:
         content = weights(1)
@@ -249,7 +249,7 @@ class SourceConformance:
         key = await resolved(world, weights(1))
         if step == "digest":
             file = await world.source.open(key, FetchControl())
-            await bring_all(world.source, file, weights(1))
+            await fetch_all(world.source, file, weights(1))
             file.reader.close()
         call: Callable[..., Coroutine[Any, Any, Any]] = getattr(world.source, step)
         asked = {"resolve": (world.ref("one"),), "open": (key, FetchControl()), "digest": (key,)}
