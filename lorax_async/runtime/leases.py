@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from lorax_async.lifecycle.adapter_state import SlotGrant
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
+from lorax_async.lru import remember
 from lorax_async.planning.transfer_plan import TransferPlan
 from lorax_async.sources.base import Source
 from lorax_async.types import AdapterKey, Ref, Verification, expected_digest
@@ -383,7 +385,7 @@ class DigestChecks:
 
     def __init__(self, source: Source, check_open: Callable[[], None]) -> None:
         self._check_open = check_open
-        self._known: dict[AdapterKey, str] = {}
+        self._known: OrderedDict[AdapterKey, str] = OrderedDict()
         self._source = source
         self._hashing = SharedTasks(self._run, lambda key: f"lorax digest {key}")
         self._waiting: set[Lease] = set()
@@ -450,7 +452,6 @@ class DigestChecks:
         return self._known.get(key)
 
     async def _run(self, key: AdapterKey) -> str:
-        digest = self._known[key] = await self._source.digest(key)
-        if len(self._known) > MAX_DIGESTS:
-            del self._known[next(iter(self._known))]
+        digest = await self._source.digest(key)
+        remember(self._known, key, digest, MAX_DIGESTS)
         return digest
