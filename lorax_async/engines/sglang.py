@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax_async.config import Limits, StoreConfig
-from lorax_async.engines.plugins import BaseRequirements, PluginSettings, response_to
+from lorax_async.engines.plugin_settings import BaseRequirements, PluginSettings, response_to
 from lorax_async.errors import (
     IncompatibleAdapterError,
     IntegrityError,

@@ -13,7 +13,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
-from lorax_async.engines.plugins import BaseRequirements, PluginSettings
+from lorax_async.engines.plugin_settings import BaseRequirements, PluginSettings
 from lorax_async.engines.vllm.engine_calls import EngineCalls
 from lorax_async.errors import FetchError, IntegrityError, LoraxError
 from lorax_async.lru import remember
