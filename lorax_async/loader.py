@@ -7,7 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from os import PathLike
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self, TypeVar, Unpack, overload
 
 import torch
 
@@ -36,7 +36,16 @@ from lorax_async.runtime.placement import TIERS, Placement, TierName
 from lorax_async.sources.base import Source
 from lorax_async.telemetry import LoadCall, Statistics, Tracer, name_of
 from lorax_async.tracing import TRACE_LIMIT, Trace
-from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref, as_refs, text_of
+from lorax_async.types import (
+    AdapterId,
+    AdapterKey,
+    AdapterRef,
+    IdOptions,
+    Ref,
+    as_ref,
+    as_refs,
+    text_of,
+)
 
 E = TypeVar("E", bound=Event | CallEvent)
 
@@ -162,13 +171,9 @@ class AdapterLoader:
         self,
         adapter_id: AdapterId,
         *,
-        source: str | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-        digest: str | None = None,
-        allow_stale: bool = False,
         timeout: float | None = None,
         priority: int = 0,
+        **options: Unpack[IdOptions],
     ) -> AdapterHandle:
         """Wait until every layer is on the device; return a handle, which is a lease.
 
@@ -180,6 +185,10 @@ class AdapterLoader:
             A `pathlib.Path`, a string (`org/name` on the hub, a URL, or a path below
             `local_roots`: docs/sources.md), an `AdapterRef`, or an `AdapterKey` from this loader.
             Equal requests share one load.
+        timeout
+            Seconds; None for the config's.
+        priority
+            Higher priorities get slots first.
         source, revision, token
             As in `AdapterRef`, for a string.
         digest
@@ -189,17 +198,13 @@ class AdapterLoader:
         allow_stale
             If the source is unreachable, take the version that it named last, if the cache has it
             (with a `token`: and it is public); `handle.stale` is True then.
-        timeout
-            Seconds; None for the config's.
-        priority
-            Higher priorities get slots first.
 
         Raises
         ------
         AdapterError, CapacityError, UsageError
             See docs/errors.md. Nothing stays allocated.
         """
-        ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
+        ref = as_ref(adapter_id, **options)
         return await self._acquire(ref, WantedTier.DEVICE, timeout, priority)
 
     @asynccontextmanager
@@ -207,14 +212,10 @@ class AdapterLoader:
         self,
         adapter_id: AdapterId,
         *,
-        source: str | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-        digest: str | None = None,
-        allow_stale: bool = False,
         timeout: float | None = None,
         priority: int = 0,
         preempt: bool = True,
+        **options: Unpack[IdOptions],
     ) -> AsyncIterator[AdapterHandle]:
         """Yield a handle as soon as the adapter has its slot; its layers follow in order.
 
@@ -223,7 +224,7 @@ class AdapterLoader:
         call waits for a slot until an adapter is idle, and lets none in use leave, however long
         that takes.
         """
-        ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
+        ref = as_ref(adapter_id, **options)
         handle = await self._acquire(ref, WantedTier.STREAM, timeout, priority, preempts=preempt)
         try:
             yield handle
@@ -232,15 +233,7 @@ class AdapterLoader:
 
     @context_call
     async def fetch(
-        self,
-        adapter_id: AdapterId,
-        *,
-        source: str | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-        digest: str | None = None,
-        allow_stale: bool = False,
-        timeout: float | None = None,
+        self, adapter_id: AdapterId, *, timeout: float | None = None, **options: Unpack[IdOptions]
     ) -> AdapterFolder:
         """Wait until the adapter's files are on disk and checked, without loading them.
 
@@ -252,7 +245,7 @@ class AdapterLoader:
         Raise `UsageError` for tensors, which have no folder.
         """
         self._check_open()
-        ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
+        ref = as_ref(adapter_id, **options)
         return await self._assembly.store.folders.fetch(ref, self.config.seconds(timeout))
 
     def try_acquire(self, adapter_id: AdapterId) -> AdapterHandle | None:
