@@ -136,7 +136,7 @@ class AdapterLoader:
     async def __aenter__(self) -> Self:
         async with self._lifetime.entering():
             self._assembly = Assembly(
-                self._sharding, self.config, self._source, self._device, self._check_open
+                self._sharding, self.config, self._source, self._device, self._lifetime.check_open
             )
             await self._assembly.open()
         self._driver, self._acquiring = self._assembly.driver, self._assembly.acquiring
@@ -160,9 +160,6 @@ class AdapterLoader:
     def __del__(self) -> None:
         if hasattr(self, "_lifetime"):
             self._lifetime.warn_if_unclosed()
-
-    def _check_open(self) -> None:
-        self._lifetime.check_open()
 
     # -- loading ----------------------------------------------------------------------------------
 
@@ -244,7 +241,7 @@ class AdapterLoader:
         Parameters are those of `load`, and so are errors; a partial download stays, to be resumed.
         Raise `UsageError` for tensors, which have no folder.
         """
-        self._check_open()
+        self._lifetime.check_open()
         ref = as_ref(adapter_id, **options)
         return await self._assembly.store.folders.fetch(ref, self.config.seconds(timeout))
 
@@ -255,7 +252,7 @@ class AdapterLoader:
         last looked up more than `LoaderConfig.revalidate` seconds ago (`revalidate_files` for local
         folders): then `load` it.
         """
-        self._check_open()
+        self._lifetime.check_open()
         ref = as_ref(adapter_id)
         lease = self._acquiring.try_lease(ref)
         return self._handle(ref, lease) if lease is not None else None
@@ -269,7 +266,7 @@ class AdapterLoader:
         *,
         preempts: bool = True,
     ) -> AdapterHandle:
-        self._check_open()
+        self._lifetime.check_open()
         seconds = self.config.seconds(timeout)
         name = "stream" if tier is WantedTier.STREAM else "load"
         with LoadCall(self._driver.telemetry, name, ref):
@@ -293,7 +290,7 @@ class AdapterLoader:
         A source's answer is reused for `LoaderConfig.revalidate` seconds. Raise what `load` raises
         while it resolves an id.
         """
-        self._check_open()
+        self._lifetime.check_open()
         resolver = self._assembly.store.resolver
         return await resolver.resolve_within(as_ref(adapter_id), self.config.seconds(timeout))
 
@@ -302,7 +299,7 @@ class AdapterLoader:
 
         None: `resolve` the id, whose meaning is unknown or was looked up too long ago.
         """
-        self._check_open()
+        self._lifetime.check_open()
         return self._assembly.store.resolver.recent(as_ref(adapter_id))
 
     # -- room -------------------------------------------------------------------------------------
@@ -326,7 +323,7 @@ class AdapterLoader:
 
         Raise `UsageError` for the tier "host" without `host_bytes`.
         """
-        self._check_open()
+        self._lifetime.check_open()
         wanted = TIERS.get(tier)
         if wanted is None:
             raise UsageError(f"a tier is one of {', '.join(TIERS)}, not {shorten_repr(tier)}")
@@ -346,14 +343,14 @@ class AdapterLoader:
         A pin belongs to the id: pinning it again after the adapter was saved again moves the pin.
         Raise what `load` raises.
         """
-        self._check_open()
+        self._lifetime.check_open()
         ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
         with LoadCall(self._driver.telemetry, "pin", ref):
             await self._acquiring.pin(ref, seconds, priority=priority)
 
     def unpin(self, adapter_id: AdapterId) -> bool:
         """Let the adapter be evicted again; return whether this id had a pin."""
-        self._check_open()
+        self._lifetime.check_open()
         return self._driver.pins.unpin(as_ref(adapter_id))
 
     async def unload(self, adapter_id: AdapterId, *, timeout: float | None = None) -> None:
@@ -369,7 +366,7 @@ class AdapterLoader:
         Raise `AdapterInUseError` if it is still leased then, with the holders' tasks, or
         `AdapterTimeoutError` if it could not be removed in time. The adapter stays in both cases.
         """
-        self._check_open()
+        self._lifetime.check_open()
         ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
         key = self._assembly.store.resolver.known(ref)
         if key is None:
@@ -417,7 +414,7 @@ class AdapterLoader:
             `IntegrityError` if a tensor was written to meanwhile, `UsageError` if the name means
             other tensors (equal ones are shared). The name then keeps its meaning.
         """
-        self._check_open()
+        self._lifetime.check_open()
         if not isinstance(name, str) or not name:
             raise InvalidAdapterIdError("a name for tensors is a non-empty str")
         ref = AdapterRef(name)
@@ -444,7 +441,7 @@ class AdapterLoader:
         `load_tensors`; raise `CapacityError` also if there is no room beside a pinned old version.
         The id then keeps its meaning.
         """
-        self._check_open()
+        self._lifetime.check_open()
         ref = as_ref(adapter_id)
         if not isinstance(ref, AdapterRef):
             raise UsageError("a key names fixed bytes; replace an id")
@@ -474,7 +471,7 @@ class AdapterLoader:
 
     @property
     def device(self) -> Device:
-        self._check_open()
+        self._lifetime.check_open()
         return self._driver.device
 
     @property
@@ -516,7 +513,7 @@ class AdapterLoader:
 
         Events come in order, on the loop: of adapters by default, of calls with `CallEvent`.
         """
-        self._check_open()
+        self._lifetime.check_open()
         if not callable(callback):
             raise UsageError(f"a callback is a function of one event, not {shorten_repr(callback)}")
         return self._driver.telemetry.subscribe(callback, kind)
@@ -533,7 +530,7 @@ class AdapterLoader:
         many again of "compute", of which a pass has some per layer. Beyond it the oldest are
         dropped and counted.
         """
-        self._check_open()
+        self._lifetime.check_open()
         occupancies = self._driver.lease_table.occupancies
 
         def names_by_slot() -> dict[int, str]:

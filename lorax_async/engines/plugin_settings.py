@@ -191,12 +191,12 @@ def _parse_switch(name: str, text: str) -> bool:
     return text == "1"
 
 
+@dataclass(frozen=True, slots=True)
 class BaseRequirements:
     """What adapters have to fit: the base's layout, if known, and the server's highest rank."""
 
-    def __init__(self, layout: ModelLayout | None, max_rank: int | None) -> None:
-        self._layout = layout
-        self._max_rank = max_rank
+    layout: ModelLayout | None
+    max_rank: int | None
 
     def check(self, folder: Path) -> int:
         """Return the bytes of an adapter's weights. Blocks briefly.
@@ -207,13 +207,13 @@ class BaseRequirements:
         header, nbytes = read_header(folder, limits)
         spec = parse_config((folder / CONFIG).read_bytes(), limits)
         ranks = [spec.rank, *(int(pattern.value) for pattern in spec.rank_patterns)]
-        if self._max_rank is not None and max(ranks) > self._max_rank:
+        if self.max_rank is not None and max(ranks) > self.max_rank:
             raise IncompatibleAdapterError(
-                f"its rank is {max(ranks)}, and this server takes up to {self._max_rank}"
+                f"its rank is {max(ranks)}, and this server takes up to {self.max_rank}"
                 " (--max-lora-rank)"
             )
-        if self._layout is not None:
-            pair_tensors(header, spec, self._layout, limits)
+        if self.layout is not None:
+            pair_tensors(header, spec, self.layout, limits)
         else:
             layouts.from_adapter(folder, limits=limits)  # they are pairs of its rank
         return nbytes

@@ -198,7 +198,7 @@ class Resolver:
         if now - remembered.since >= self._seconds(key):
             return None
         if look and key.files:
-            if not _is_unchanged(ref, key):
+            if not (isinstance(ref.id, Path) and is_unchanged(str(ref.id), key)):
                 return None
             self._answers[name] = remembered._replace(since=now)
         return key
@@ -253,8 +253,3 @@ class Resolver:
             answer = answer._replace(key=before.key)  # share one object
         remember(self._answers, name, answer, MAX_REMEMBERED)
         return answer
-
-
-def _is_unchanged(ref: AdapterRef, key: AdapterKey) -> bool:
-    """Return whether a path's files are the key's. Called on the loop, soon after a full look."""
-    return isinstance(ref.id, Path) and is_unchanged(str(ref.id), key)
