@@ -214,7 +214,7 @@ class AdapterQueues:
             if not queue.tickets:
                 self._release(queue)
             elif queue.leaving:
-                self._settle(queue)
+                self._reevaluate(queue)
         self._release_stalled()
 
     def fail(self, queue: AdapterQueue, error: LoraxError) -> None:
@@ -346,7 +346,7 @@ class AdapterQueues:
         queue.arrival = self.slots.adopt(handle)
         self.slot_holders[queue] = None
         self._by_key.setdefault(handle.key, []).append(queue)
-        self._settle(queue)
+        self._reevaluate(queue)
         self._schedule_stall_check()
 
     def _release(self, queue: AdapterQueue) -> None:
@@ -383,9 +383,9 @@ class AdapterQueues:
             elif isinstance(event, Failed | Leaving):
                 queue.leaving = queue.leaving or isinstance(event, Leaving)
                 # The event precedes the change of the slot.
-                asyncio.get_running_loop().call_soon(self._settle, queue)
+                asyncio.get_running_loop().call_soon(self._reevaluate, queue)
 
-    def _settle(self, queue: AdapterQueue) -> None:
+    def _reevaluate(self, queue: AdapterQueue) -> None:
         """Fail it if its weights are bad or the loader is closed; release its slot if leaving."""
         self.check_integrity([queue])
         if queue.handle is None:
@@ -395,10 +395,10 @@ class AdapterQueues:
         elif queue.leaving and queue.tickets and not queue.batch_count:
             self._send_back(queue)
 
-    def settle_all(self) -> None:
+    def reevaluate_all(self) -> None:
         """Apply changes without an event: a wrong digest, a closed loader."""
         for queue in tuple(self.slot_holders):
-            self._settle(queue)
+            self._reevaluate(queue)
 
     def check_integrity(self, adapter_queues: Iterable[AdapterQueue]) -> None:
         """Fail or reload the adapters whose weights turned out to be bad."""
