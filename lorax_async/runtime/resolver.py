@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import inf
@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from lorax_async.concurrency import SharedTasks, result_of
 from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError, exhausted
-from lorax_async.lru import remember
 from lorax_async.sources.base import Source
 from lorax_async.sources.local import is_unchanged
 from lorax_async.telemetry import Telemetry
@@ -120,7 +119,8 @@ class Resolver:
     def __post_init__(self) -> None:
         self.names = AssignedIds()
         self._running = SharedTasks(self._run, lambda ref: f"lorax resolve {ref.text}")
-        self._answers: OrderedDict[AdapterRef, _Answer] = OrderedDict()
+        # Not by `lru.remember`: an OrderedDict hashes the ref again with each look of a hit.
+        self._answers: dict[AdapterRef, _Answer] = {}
 
     async def resolve(self, ref: Ref) -> AdapterKey:
         """Resolve `ref` by the source, or join the running resolve of an equal ref.
@@ -248,8 +248,10 @@ class Resolver:
 
     def _remember(self, ref: AdapterRef, answer: _Answer) -> _Answer:
         name, key = ref.name, answer.key
-        before = self._answers.get(name)
+        before = self._answers.pop(name, None)
         if before is not None and before.key == key and is_stale(before.key) == is_stale(key):
             answer = answer._replace(key=before.key)  # share one object
-        remember(self._answers, name, answer, MAX_REMEMBERED)
+        self._answers[name] = answer
+        if len(self._answers) > MAX_REMEMBERED:
+            del self._answers[next(iter(self._answers))]
         return answer
