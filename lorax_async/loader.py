@@ -7,7 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from os import PathLike
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self, TypeVar, Unpack, overload
 
 import torch
 
@@ -36,7 +36,16 @@ from lorax_async.runtime.placement import TIERS, Placement, TierName
 from lorax_async.sources.base import Source
 from lorax_async.telemetry import LoadCall, Statistics, Tracer, name_of
 from lorax_async.tracing import TRACE_LIMIT, Trace
-from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref, as_refs, text_of
+from lorax_async.types import (
+    AdapterId,
+    AdapterKey,
+    AdapterRef,
+    IdOptions,
+    Ref,
+    as_ref,
+    as_refs,
+    text_of,
+)
 
 E = TypeVar("E", bound=Event | CallEvent)
 
@@ -127,7 +136,7 @@ class AdapterLoader:
     async def __aenter__(self) -> Self:
         async with self._lifetime.entering():
             self._assembly = Assembly(
-                self._sharding, self.config, self._source, self._device, self._check_open
+                self._sharding, self.config, self._source, self._device, self._lifetime.check_open
             )
             await self._assembly.open()
         self._driver, self._acquiring = self._assembly.driver, self._assembly.acquiring
@@ -152,9 +161,6 @@ class AdapterLoader:
         if hasattr(self, "_lifetime"):
             self._lifetime.warn_if_unclosed()
 
-    def _check_open(self) -> None:
-        self._lifetime.check_open()
-
     # -- loading ----------------------------------------------------------------------------------
 
     @context_call
@@ -162,13 +168,9 @@ class AdapterLoader:
         self,
         adapter_id: AdapterId,
         *,
-        source: str | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-        digest: str | None = None,
-        allow_stale: bool = False,
         timeout: float | None = None,
         priority: int = 0,
+        **options: Unpack[IdOptions],
     ) -> AdapterHandle:
         """Wait until every layer is on the device; return a handle, which is a lease.
 
@@ -180,6 +182,10 @@ class AdapterLoader:
             A `pathlib.Path`, a string (`org/name` on the hub, a URL, or a path below
             `local_roots`: docs/sources.md), an `AdapterRef`, or an `AdapterKey` from this loader.
             Equal requests share one load.
+        timeout
+            Seconds; None for the config's.
+        priority
+            Higher priorities get slots first.
         source, revision, token
             As in `AdapterRef`, for a string.
         digest
@@ -189,17 +195,13 @@ class AdapterLoader:
         allow_stale
             If the source is unreachable, take the version that it named last, if the cache has it
             (with a `token`: and it is public); `handle.stale` is True then.
-        timeout
-            Seconds; None for the config's.
-        priority
-            Higher priorities get slots first.
 
         Raises
         ------
         AdapterError, CapacityError, UsageError
             See docs/errors.md. Nothing stays allocated.
         """
-        ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
+        ref = as_ref(adapter_id, **options)
         return await self._acquire(ref, WantedTier.DEVICE, timeout, priority)
 
     @asynccontextmanager
@@ -207,14 +209,10 @@ class AdapterLoader:
         self,
         adapter_id: AdapterId,
         *,
-        source: str | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-        digest: str | None = None,
-        allow_stale: bool = False,
         timeout: float | None = None,
         priority: int = 0,
         preempt: bool = True,
+        **options: Unpack[IdOptions],
     ) -> AsyncIterator[AdapterHandle]:
         """Yield a handle as soon as the adapter has its slot; its layers follow in order.
 
@@ -223,7 +221,7 @@ class AdapterLoader:
         call waits for a slot until an adapter is idle, and lets none in use leave, however long
         that takes.
         """
-        ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
+        ref = as_ref(adapter_id, **options)
         handle = await self._acquire(ref, WantedTier.STREAM, timeout, priority, preempts=preempt)
         try:
             yield handle
@@ -232,15 +230,7 @@ class AdapterLoader:
 
     @context_call
     async def fetch(
-        self,
-        adapter_id: AdapterId,
-        *,
-        source: str | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-        digest: str | None = None,
-        allow_stale: bool = False,
-        timeout: float | None = None,
+        self, adapter_id: AdapterId, *, timeout: float | None = None, **options: Unpack[IdOptions]
     ) -> AdapterFolder:
         """Wait until the adapter's files are on disk and checked, without loading them.
 
@@ -251,8 +241,8 @@ class AdapterLoader:
         Parameters are those of `load`, and so are errors; a partial download stays, to be resumed.
         Raise `UsageError` for tensors, which have no folder.
         """
-        self._check_open()
-        ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
+        self._lifetime.check_open()
+        ref = as_ref(adapter_id, **options)
         return await self._assembly.store.folders.fetch(ref, self.config.seconds(timeout))
 
     def try_acquire(self, adapter_id: AdapterId) -> AdapterHandle | None:
@@ -262,7 +252,7 @@ class AdapterLoader:
         last looked up more than `LoaderConfig.revalidate` seconds ago (`revalidate_files` for local
         folders): then `load` it.
         """
-        self._check_open()
+        self._lifetime.check_open()
         ref = as_ref(adapter_id)
         lease = self._acquiring.try_lease(ref)
         return self._handle(ref, lease) if lease is not None else None
@@ -276,7 +266,7 @@ class AdapterLoader:
         *,
         preempts: bool = True,
     ) -> AdapterHandle:
-        self._check_open()
+        self._lifetime.check_open()
         seconds = self.config.seconds(timeout)
         name = "stream" if tier is WantedTier.STREAM else "load"
         with LoadCall(self._driver.telemetry, name, ref):
@@ -300,7 +290,7 @@ class AdapterLoader:
         A source's answer is reused for `LoaderConfig.revalidate` seconds. Raise what `load` raises
         while it resolves an id.
         """
-        self._check_open()
+        self._lifetime.check_open()
         resolver = self._assembly.store.resolver
         return await resolver.resolve_within(as_ref(adapter_id), self.config.seconds(timeout))
 
@@ -309,7 +299,7 @@ class AdapterLoader:
 
         None: `resolve` the id, whose meaning is unknown or was looked up too long ago.
         """
-        self._check_open()
+        self._lifetime.check_open()
         return self._assembly.store.resolver.recent(as_ref(adapter_id))
 
     # -- room -------------------------------------------------------------------------------------
@@ -333,7 +323,7 @@ class AdapterLoader:
 
         Raise `UsageError` for the tier "host" without `host_bytes`.
         """
-        self._check_open()
+        self._lifetime.check_open()
         wanted = TIERS.get(tier)
         if wanted is None:
             raise UsageError(f"a tier is one of {', '.join(TIERS)}, not {shorten_repr(tier)}")
@@ -353,14 +343,14 @@ class AdapterLoader:
         A pin belongs to the id: pinning it again after the adapter was saved again moves the pin.
         Raise what `load` raises.
         """
-        self._check_open()
+        self._lifetime.check_open()
         ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
         with LoadCall(self._driver.telemetry, "pin", ref):
             await self._acquiring.pin(ref, seconds, priority=priority)
 
     def unpin(self, adapter_id: AdapterId) -> bool:
         """Let the adapter be evicted again; return whether this id had a pin."""
-        self._check_open()
+        self._lifetime.check_open()
         return self._driver.pins.unpin(as_ref(adapter_id))
 
     async def unload(self, adapter_id: AdapterId, *, timeout: float | None = None) -> None:
@@ -376,7 +366,7 @@ class AdapterLoader:
         Raise `AdapterInUseError` if it is still leased then, with the holders' tasks, or
         `AdapterTimeoutError` if it could not be removed in time. The adapter stays in both cases.
         """
-        self._check_open()
+        self._lifetime.check_open()
         ref, seconds = as_ref(adapter_id), self.config.seconds(timeout)
         key = self._assembly.store.resolver.known(ref)
         if key is None:
@@ -424,7 +414,7 @@ class AdapterLoader:
             `IntegrityError` if a tensor was written to meanwhile, `UsageError` if the name means
             other tensors (equal ones are shared). The name then keeps its meaning.
         """
-        self._check_open()
+        self._lifetime.check_open()
         if not isinstance(name, str) or not name:
             raise InvalidAdapterIdError("a name for tensors is a non-empty str")
         ref = AdapterRef(name)
@@ -451,7 +441,7 @@ class AdapterLoader:
         `load_tensors`; raise `CapacityError` also if there is no room beside a pinned old version.
         The id then keeps its meaning.
         """
-        self._check_open()
+        self._lifetime.check_open()
         ref = as_ref(adapter_id)
         if not isinstance(ref, AdapterRef):
             raise UsageError("a key names fixed bytes; replace an id")
@@ -481,7 +471,7 @@ class AdapterLoader:
 
     @property
     def device(self) -> Device:
-        self._check_open()
+        self._lifetime.check_open()
         return self._driver.device
 
     @property
@@ -523,7 +513,7 @@ class AdapterLoader:
 
         Events come in order, on the loop: of adapters by default, of calls with `CallEvent`.
         """
-        self._check_open()
+        self._lifetime.check_open()
         if not callable(callback):
             raise UsageError(f"a callback is a function of one event, not {shorten_repr(callback)}")
         return self._driver.telemetry.subscribe(callback, kind)
@@ -540,7 +530,7 @@ class AdapterLoader:
         many again of "compute", of which a pass has some per layer. Beyond it the oldest are
         dropped and counted.
         """
-        self._check_open()
+        self._lifetime.check_open()
         occupancies = self._driver.lease_table.occupancies
 
         def names_by_slot() -> dict[int, str]:

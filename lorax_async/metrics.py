@@ -18,7 +18,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from lorax_async.concurrency import running_loop
+from lorax_async.concurrency import complete, running_loop
 from lorax_async.errors import LoaderClosedError, Stage
 from lorax_async.loader import AdapterLoader
 from lorax_async.telemetry import Statistics, Usage
@@ -176,24 +176,13 @@ class LoaderCollector(Collector):
             return
         updated: Future[None] = Future()
         try:
-            self._loop.call_soon_threadsafe(self._update_on_loop, updated)
+            self._loop.call_soon_threadsafe(complete, updated, self._update)
         except RuntimeError:  # the loop was closed just now
             return
         done, _ = wait([updated], self._timeout)
         if not done and updated.cancel():  # the loop is busy or has stopped
             return
         updated.result()  # raises what the update raised
-
-    def _update_on_loop(self, updated: Future[None]) -> None:
-        """Update, unless the scrape has timed out and cancelled the future."""
-        if not updated.set_running_or_notify_cancel():
-            return
-        try:
-            self._update()
-        except Exception as error:  # noqa: BLE001 - raised in the scraping thread
-            updated.set_exception(error)
-        else:
-            updated.set_result(None)
 
     def _update(self) -> None:
         statistics, usage = self._loader.statistics(), self._loader.placement().usage

@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Self
+from typing import Self, Unpack
 
 from lorax_async.concurrency import Lifetime, PrioritySemaphore, context_call
 from lorax_async.config import StoreConfig
@@ -16,7 +16,7 @@ from lorax_async.runtime.acquire import BACKGROUND, BACKGROUND_SECONDS, Prefetch
 from lorax_async.runtime.assembly import StoreParts
 from lorax_async.runtime.folders import AdapterFolder, StoredAdapter
 from lorax_async.sources.base import Source
-from lorax_async.types import AdapterId, AdapterKey, Ref, as_ref, as_refs
+from lorax_async.types import AdapterId, AdapterKey, IdOptions, Ref, as_ref, as_refs
 
 
 class AdapterStore:
@@ -86,15 +86,7 @@ class AdapterStore:
 
     @context_call
     async def checkout(
-        self,
-        adapter_id: AdapterId,
-        *,
-        source: str | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-        digest: str | None = None,
-        allow_stale: bool = False,
-        timeout: float | None = None,
+        self, adapter_id: AdapterId, *, timeout: float | None = None, **options: Unpack[IdOptions]
     ) -> AdapterFolder:
         """Return a lease on the folder with the adapter's files, downloaded if necessary.
 
@@ -108,7 +100,7 @@ class AdapterStore:
         After an error or a cancellation, what was downloaded stays, to be resumed.
         """
         self._lifetime.check_open()
-        ref = as_ref(adapter_id, source, revision, token, digest, allow_stale=allow_stale)
+        ref = as_ref(adapter_id, **options)
         return await self._parts.folders.fetch(ref, self.config.seconds(timeout))
 
     async def resolve(self, adapter_id: AdapterId, *, timeout: float | None = None) -> AdapterKey:

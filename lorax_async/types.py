@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
 from types import UnionType
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias, TypedDict, cast
 
 from lorax_async.errors import ConfigError, InvalidAdapterIdError, UsageError, shorten_repr
 
@@ -254,6 +254,16 @@ AdapterId = str | Path | AdapterRef | AdapterKey
 
 Ref = AdapterRef | AdapterKey
 """The stored form of an `AdapterId`."""
+
+
+class IdOptions(TypedDict, total=False):
+    """What a call may say of an id in a string, as in `AdapterRef`."""
+
+    source: str | None
+    revision: str | None
+    token: str | None
+    digest: str | None
+    allow_stale: bool
 
 
 def as_ref(

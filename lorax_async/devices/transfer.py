@@ -39,7 +39,7 @@ from lorax_async.planning.transfer_plan import (
     ReadMove,
     StagingWindow,
     TransferPlan,
-    VectorPlace,
+    VectorSlot,
     windows,
 )
 from lorax_async.telemetry import IMAGE, NO_SPAN, STREAM, Row, Span, Tracer
@@ -49,7 +49,7 @@ _logger = logging.getLogger("lorax_async")
 
 
 def _written_ranges(
-    window: StagingWindow, kind: torch.dtype, vectors: Sequence[VectorPlace]
+    window: StagingWindow, kind: torch.dtype, vectors: Sequence[VectorSlot]
 ) -> Iterator[tuple[int, int, torch.dtype]]:
     """Yield [first, last) of the window and its dtype, which for vectors is the file's."""
     whole = sorted((v.offset - window.start, v.nbytes, TORCH_DTYPES[v.dtype]) for v in vectors)

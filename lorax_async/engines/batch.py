@@ -21,6 +21,7 @@ from lorax_async.engines.layer_gate import LayerGate, PassSpans
 from lorax_async.errors import LoraxError, UsageError
 from lorax_async.formats.peft_names import TensorRole
 from lorax_async.handle import AdapterHandle
+from lorax_async.lru import remember
 from lorax_async.planning.batch_plan import BASE_ONLY, plan_rows
 from lorax_async.planning.layout import Module
 from lorax_async.runtime.leases import AdapterVectors
@@ -45,12 +46,8 @@ class PlanCache(Generic[T]):
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return the plan of `key`, made by `make` if missing. `make` must not block."""
         with self._lock:
-            plan = self._plans.get(key)
-            if plan is None:
-                plan = self._plans[key] = make()
-                if len(self._plans) > self._max_plans:
-                    self._plans.popitem(last=False)
-            self._plans.move_to_end(key)
+            plan = self._plans.get(key) or make()
+            remember(self._plans, key, plan, self._max_plans)
             return plan
 
     def forget(self) -> None:

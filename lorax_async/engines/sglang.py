@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax_async.config import Limits, StoreConfig
-from lorax_async.engines.plugins import BaseRequirements, PluginSettings, response_to
+from lorax_async.engines.plugin_settings import BaseRequirements, PluginSettings, response_to
 from lorax_async.errors import (
     IncompatibleAdapterError,
     IntegrityError,
@@ -59,9 +59,6 @@ ONE_SCALE = (
 
 ATTEMPTS = 3
 """Loads of a local adapter whose files change meanwhile."""
-
-TICK = 0.01
-"""Seconds between two looks whether requests have entered SGLang."""
 
 _LAYER = re.compile(r"layers\.\d+\.")
 
@@ -212,6 +209,7 @@ class RequestedAdapters:
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._users: Counter[str | None] = Counter()
         self._entering: Counter[str | None] = Counter()
+        self._entered = asyncio.Event()
 
     @contextmanager
     def use(self, names: set[str | None]) -> Iterator[None]:
@@ -232,6 +230,7 @@ class RequestedAdapters:
             yield
         finally:
             self._entering -= Counter(names)
+            self._entered.set()
 
     async def load(self, names: set[str | None]) -> None:
         """Load adapters that SGLang lacks, or has in another version; one at a time each.
@@ -323,8 +322,9 @@ class RequestedAdapters:
         from sglang.srt.managers import io_struct  # noqa: PLC0415
 
         manager = self._manager
-        while name in self._entering:  # noqa: ASYNC110 - for moments
-            await asyncio.sleep(TICK)
+        while name in self._entering:
+            self._entered.clear()
+            await self._entered.wait()
         if (known := manager.lora_ref_cache.get(name)) is not None:
             path = str(successor.path)
             manager.lora_ref_cache[name] = type(known)(lora_name=name, lora_path=path)

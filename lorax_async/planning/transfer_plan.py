@@ -96,7 +96,7 @@ class TableRow(NamedTuple):
     scale: float
 
 
-class VectorPlace(NamedTuple):
+class VectorSlot(NamedTuple):
     """A module's bias or magnitude: `length` elements at `offset` of the group's extent.
 
     It keeps the file's `dtype`. A magnitude scales a whole row of the base's weight, and rounding
@@ -130,7 +130,7 @@ class GroupPlan:
     zeros: tuple[ZeroMove, ...]
     rows: tuple[TableRow, ...]
     spans: tuple[ByteSpan, ...]
-    vectors: tuple[VectorPlace, ...] = ()
+    vectors: tuple[VectorSlot, ...] = ()
 
 
 class DeviceRules(NamedTuple):
@@ -240,7 +240,7 @@ class _GroupPlanner:
         rows = tuple(map(tuple.__new__, repeat(TableRow), cells))
         vectors = tuple(
             [
-                VectorPlace(module, part, offset, span.shape[0], span.dtype)
+                VectorSlot(module, part, offset, span.shape[0], span.dtype)
                 for (module, part, span), offset in zip(owned, offsets[2 * len(a) :], strict=True)
             ]
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -183,8 +182,6 @@ class AdapterMetadata:
     weights: FetchedFile
 
 
-K = TypeVar("K")
-V = TypeVar("V")
 P_contra = TypeVar("P_contra", contravariant=True)
 
 
@@ -272,13 +269,6 @@ def _admits(entry: Allow, address: Address) -> bool:
     if is_address(entry.host):
         return plain == ip_address(entry.host)
     return entry.private and any(plain in network for network in _PRIVATE)
-
-
-def remember(items: OrderedDict[K, V], key: K, value: V, limit: int) -> K | None:
-    """Set the newest item. Drop the oldest over `limit`, and return its key."""
-    items[key] = value
-    items.move_to_end(key)
-    return items.popitem(last=False)[0] if len(items) > limit else None
 
 
 def unwanted_error() -> FetchError:

@@ -66,7 +66,8 @@ from lorax_async.http.failures import (
 )
 from lorax_async.http.target import Target
 from lorax_async.ids import Allow, HubRepository, parse_revision
-from lorax_async.remote.base import AllowRules, LocatedAdapter, RemoteFile, remember, require_token
+from lorax_async.lru import remember
+from lorax_async.remote.base import AllowRules, LocatedAdapter, RemoteFile, require_token
 from lorax_async.types import AdapterRef, FileIdentity
 from lorax_async.urls import InvalidUrlError, Url, parse_folder_url, parse_url
 

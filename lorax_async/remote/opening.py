@@ -38,6 +38,7 @@ from lorax_async.http.failures import changed_error
 from lorax_async.http.range_downloader import FOREGROUND, PREFETCH, RangeDownloader
 from lorax_async.http.target import ProbeResult, Validators
 from lorax_async.ids import HubRepository, Location, ParsedRef
+from lorax_async.lru import remember
 from lorax_async.remote.base import (
     FIRST_BYTES,
     LONGEST,
@@ -50,7 +51,6 @@ from lorax_async.remote.base import (
     LocatedAdapter,
     RemoteFile,
     bind_to,
-    remember,
     track,
     unwanted_error,
 )

@@ -22,7 +22,8 @@ from lorax_async.http.range_downloader import RangeDownloader
 from lorax_async.http.settings import HttpSettings
 from lorax_async.ids import STORES, LocalFolder, Location, parse_ref
 from lorax_async.lifecycle.policies import policy
-from lorax_async.remote.base import AdapterMetadata, AllowRules, Backend, remember, unwanted_error
+from lorax_async.lru import remember
+from lorax_async.remote.base import AdapterMetadata, AllowRules, Backend, unwanted_error
 from lorax_async.remote.hub import HubBackend, StandardHubCache, parse_endpoint
 from lorax_async.remote.object_stores import StoreBackend
 from lorax_async.remote.opening import (

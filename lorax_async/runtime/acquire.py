@@ -450,7 +450,8 @@ class Prefetch:
     def left_out(self) -> tuple[str, ...]:
         """The ids so far that do not fit beside those before them, in order."""
         pairs = zip(self._refs, self._tasks, strict=False)
-        return tuple(text_of(ref) for ref, task in pairs if _is_left_out(task))
+        ended = ((ref, task) for ref, task in pairs if task.done() and not task.cancelled())
+        return tuple(text_of(ref) for ref, task in ended if not (task.exception() or task.result()))
 
     def cancel(self) -> None:
         """Cancel the loads that have not ended; other calls for the same adapters go on."""
@@ -481,10 +482,6 @@ class Prefetch:
         done = sum(task.done() for task in self._tasks) - left_out
         more = f", {left_out} left out" if left_out else ""
         return f"<Prefetch of {len(self._refs)} adapters, {done} of them done{more}>"
-
-
-def _is_left_out(task: asyncio.Task[bool]) -> bool:
-    return task.done() and not task.cancelled() and not task.exception() and not task.result()
 
 
 def _retrieve_error(task: asyncio.Task[bool]) -> None:

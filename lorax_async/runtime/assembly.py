@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import torch
 
-from lorax_async.concurrency import ThreadPool, end_in_thread
+from lorax_async.concurrency import ThreadPool, call_in, end_in_thread
 from lorax_async.config import LoaderConfig, StoreConfig
 from lorax_async.devices.base import Device
 from lorax_async.devices.cpu import CpuDevice
@@ -124,8 +124,7 @@ class Assembly:
         """Allocate memory and start the driver; on an error or a cancellation, end all threads."""
         store, check_open = self.store, self._check_open
         try:
-            loop = asyncio.get_running_loop()
-            staging, images = await loop.run_in_executor(store.threads, self._allocate_memory)
+            staging, images = await call_in(store.threads, self._allocate_memory)
             self.driver = self._make_driver(staging, images)
             self.acquiring = Acquirer(store.resolver, self.driver, store.digests, check_open)
             self.tensor_adapters = TensorAdapters(
@@ -238,8 +237,7 @@ class Assembly:
 
     def _end(self) -> None:
         self.driver.join()
-        self.store.end()
-        self._device.close()
+        self._abort()
 
 
 def _make_device(layout: ModelLayout, config: LoaderConfig) -> Device:

@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from time import monotonic
 from typing import NamedTuple
 
-from lorax_async.concurrency import FetchControl
+from lorax_async.concurrency import FetchControl, call_in
 from lorax_async.config import LoaderConfig
 from lorax_async.devices.base import Device
 from lorax_async.errors import AdapterError, FetchError, LoraxError, as_lorax_error
@@ -176,8 +176,8 @@ class FetchTasks:
 
         Raise `EvictedError` if it was evicted.
         """
-        loop, reader = asyncio.get_running_loop(), self.reader(key)
-        await loop.run_in_executor(self.threads, lambda: reader.nbytes)
+        reader = self.reader(key)
+        await call_in(self.threads, lambda: reader.nbytes)
 
     def close_reader(self, key: AdapterKey) -> None:
         reader = self._readers.pop(key, None)
@@ -274,9 +274,8 @@ class FetchTasks:
     async def _plan(self, key: AdapterKey, file: AdapterFile) -> TransferPlan:
         # A hop to a thread does not count beside a network.
         if isinstance(key, RemoteKey) or self.planner.is_long(file):
-            loop = asyncio.get_running_loop()
             with self.telemetry.timed("verify", key, "verify header"):
-                return await loop.run_in_executor(self.threads, self.planner.plan, file)
+                return await call_in(self.threads, partial(self.planner.plan, file))
         # One per turn of the loop: adapters that were opened at the same time would otherwise be
         # planned in the same turn and block all other tasks.
         async with self._planning:

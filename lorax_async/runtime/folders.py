@@ -19,6 +19,7 @@ from lorax_async.cache.base import LeftoverError
 from lorax_async.concurrency import FetchControl, SharedTasks, result_of
 from lorax_async.errors import AdapterTimeoutError, LoraxError, Stage, UsageError, as_lorax_error
 from lorax_async.files import Reader
+from lorax_async.lru import remember
 from lorax_async.remote.readers import FetchReader
 from lorax_async.runtime.leases import DigestChecks
 from lorax_async.runtime.resolver import Resolver
@@ -265,10 +266,8 @@ class FolderLeases:
     def _call(self, ref: Ref) -> Iterator[_FolderRequest]:
         """Record a call for an id, unless it is cancelled."""
         text, call = text_of(ref), _FolderRequest(ref if isinstance(ref, AdapterKey) else None)
-        calls = self._calls.setdefault(text, _RequestsOfId())
-        self._calls.move_to_end(text)
-        if len(self._calls) > MAX_IDS:
-            self._calls.popitem(last=False)
+        calls = self._calls.get(text) or _RequestsOfId()
+        remember(self._calls, text, calls, MAX_IDS)
         calls.running.append(call)
         try:
             yield call

@@ -22,6 +22,7 @@ from lorax_async.lifecycle.adapter_state import SlotGrant
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
+from lorax_async.lru import remember
 from lorax_async.planning.transfer_plan import TransferPlan
 from lorax_async.sources.base import Source
 from lorax_async.types import AdapterKey, Ref, Verification, expected_digest
@@ -160,11 +161,6 @@ class SlotOccupancy(SlotCopies):
         self.wake_threads()
         self.wake_tasks(watermark)
 
-    def check(self) -> None:
-        """Raise the error that made the slot unusable, if there is one."""
-        if self.error is not None:
-            raise self.error.located() from self.error.__cause__
-
     def fail(self, error: LoraxError) -> None:
         """Make the slot unusable and wake its waiters."""
         self.error = error
@@ -180,6 +176,7 @@ class SlotOccupancy(SlotCopies):
         return group + 1 if present else 0
 
 
+@dataclass(eq=False)
 class Lease:
     """The right to use one slot occupancy, held by one handle.
 
@@ -187,23 +184,19 @@ class Lease:
     still runs then, `quiet(lease)` is called once, in the thread that ends the last use.
     """
 
-    def __init__(
-        self,
-        occupancy: SlotOccupancy,
-        ended: Callable[[Lease, bool, bool], None],
-        quiet: Callable[[Lease], None],
-    ) -> None:
-        self.occupancy = occupancy
-        self.id: str | None = None
-        """The holder's id of the adapter, for errors."""
-        self.holder = ""
-        """The name of the holder's task."""
-        self.stale = False
-        """Whether the source was unreachable, and this is the version that it named last."""
-        self.verified_by_caller: Verification | None = None
-        """The verification by the digest in the holder's ref, if it has one."""
-        self._ended = ended
-        self._quiet = quiet
+    occupancy: SlotOccupancy
+    ended: Callable[[Lease, bool, bool], None]
+    quiet: Callable[[Lease], None]
+    id: str | None = None
+    """The holder's id of the adapter, for errors."""
+    holder: str = ""
+    """The name of the holder's task."""
+    stale: bool = False
+    """Whether the source was unreachable, and this is the version that it named last."""
+    verified_by_caller: Verification | None = None
+    """The verification by the digest in the holder's ref, if it has one."""
+
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._uses = 0
@@ -250,7 +243,7 @@ class Lease:
             self._uses -= 1
             quiet = self.closed and self._uses == 0
         if quiet:
-            self._quiet(self)
+            self.quiet(self)
 
     def end(self, why: str = "the handle was released", *, soon: bool = False) -> None:
         """End the lease. Idempotent, thread-safe. The slot is not reused before kernels have ended.
@@ -266,7 +259,7 @@ class Lease:
             self._why_closed = why
             in_use = self._uses > 0
         self.occupancy.wake_threads()
-        self._ended(self, in_use, soon)
+        self.ended(self, in_use, soon)
 
 
 @dataclass(eq=False)
@@ -296,10 +289,7 @@ class LeaseTable:
 
     def note_copied(self, key: AdapterKey) -> None:
         """Remember that all weights of this version are on the device, and so were checked."""
-        self._copied[key] = None
-        self._copied.move_to_end(key)
-        if len(self._copied) > _MAX_COPIED:
-            self._copied.popitem(last=False)
+        remember(self._copied, key, None, _MAX_COPIED)
 
     def vacate(self, key: AdapterKey) -> None:
         self.occupancies.pop(key).vectors = None
@@ -388,16 +378,18 @@ MAX_DIGESTS = 65_536
 """Digests of weights kept; the oldest is dropped first."""
 
 
+@dataclass(eq=False)
 class DigestChecks:
     """Compares digests, and lets `source` hash weights of unknown digest, once for all callers.
 
     `check_open` raises once the store or loader is closing.
     """
 
-    def __init__(self, source: Source, check_open: Callable[[], None]) -> None:
-        self._check_open = check_open
-        self._known: dict[AdapterKey, str] = {}
-        self._source = source
+    source: Source
+    check_open: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self._known: OrderedDict[AdapterKey, str] = OrderedDict()
         self._hashing = SharedTasks(self._run, lambda key: f"lorax digest {key}")
         self._waiting: set[Lease] = set()
 
@@ -415,7 +407,7 @@ class DigestChecks:
         digest = self._known_digest(key, known)
         if digest is None:
             with self._hashing.join(key) as task:
-                digest = await result_of(task, "verify", self._check_open)
+                digest = await result_of(task, "verify", self.check_open)
         if digest == expected:
             return Verification("sha256", expected)
         raise IntegrityError(
@@ -440,7 +432,7 @@ class DigestChecks:
             return
 
         def check() -> None:
-            self._check_open()
+            self.check_open()
             lease.check()
 
         self._waiting.add(lease)
@@ -463,7 +455,6 @@ class DigestChecks:
         return self._known.get(key)
 
     async def _run(self, key: AdapterKey) -> str:
-        digest = self._known[key] = await self._source.digest(key)
-        if len(self._known) > MAX_DIGESTS:
-            del self._known[next(iter(self._known))]
+        digest = await self.source.digest(key)
+        remember(self._known, key, digest, MAX_DIGESTS)
         return digest

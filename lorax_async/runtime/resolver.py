@@ -119,6 +119,7 @@ class Resolver:
     def __post_init__(self) -> None:
         self.names = AssignedIds()
         self._running = SharedTasks(self._run, lambda ref: f"lorax resolve {ref.text}")
+        # Not by `lru.remember`: an OrderedDict hashes the ref again with each look of a hit.
         self._answers: dict[AdapterRef, _Answer] = {}
 
     async def resolve(self, ref: Ref) -> AdapterKey:
@@ -197,7 +198,7 @@ class Resolver:
         if now - remembered.since >= self._seconds(key):
             return None
         if look and key.files:
-            if not _is_unchanged(ref, key):
+            if not (isinstance(ref.id, Path) and is_unchanged(str(ref.id), key)):
                 return None
             self._answers[name] = remembered._replace(since=now)
         return key
@@ -254,8 +255,3 @@ class Resolver:
         if len(self._answers) > MAX_REMEMBERED:
             del self._answers[next(iter(self._answers))]
         return answer
-
-
-def _is_unchanged(ref: AdapterRef, key: AdapterKey) -> bool:
-    """Return whether a path's files are the key's. Called on the loop, soon after a full look."""
-    return isinstance(ref.id, Path) and is_unchanged(str(ref.id), key)

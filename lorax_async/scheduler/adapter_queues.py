@@ -6,6 +6,7 @@ import asyncio
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import InitVar, dataclass
 from math import ceil, inf
 from operator import attrgetter
 
@@ -70,6 +71,7 @@ class SlotRecords:
         return self._arrivals[slot.index]
 
 
+@dataclass(eq=False)
 class AdapterQueues:
     """All adapters with requests.
 
@@ -82,34 +84,25 @@ class AdapterQueues:
     slot no layers arrive while others wait for one.
     """
 
-    def __init__(
-        self,
-        loader: AdapterLoader,
-        clock: Clock,
-        ahead: LookAhead,
-        patience: float,
-        places: EngineSlots,
-        *,
-        on_change: Callable[[], None],
-        on_requeue: Callable[[Ticket], None],
-        on_blocked_slot: Callable[[AdapterQueue], None],
-    ) -> None:
-        self.slots = SlotRecords(clock)
+    loader: AdapterLoader
+    clock: Clock
+    ahead: InitVar[LookAhead]
+    patience: float
+    places: EngineSlots
+    on_change: Callable[[], None]
+    on_requeue: Callable[[Ticket], None]
+    on_blocked_slot: Callable[[AdapterQueue], None]
+
+    def __post_init__(self, ahead: LookAhead) -> None:
+        self.slots = SlotRecords(self.clock)
         self.slot_holders: dict[AdapterQueue, None] = {}
         """The adapters with a slot, and the base if it has requests."""
-        self.places = places
         self.dropped: list[Ticket] = []
         """Begun requests that restart: the engine must forget their keys and values."""
-        self.fair_times = FairTimes(patience)
-        self._turns = SlotTurns(patience)
+        self.fair_times = FairTimes(self.patience)
+        self._turns = SlotTurns(self.patience)
         self._given = 0
         """Slots that were released since the last batch, and not granted again."""
-        self._loader = loader
-        self._clock = clock
-        self._patience = patience
-        self._on_change = on_change
-        self._on_requeue = on_requeue
-        self._on_blocked_slot = on_blocked_slot
         self._queues: dict[AdapterQueue, None] = {}
         """All queues, those of replaced versions too."""
         self._current: dict[Ref | None, AdapterQueue] = {}
@@ -120,15 +113,15 @@ class AdapterQueues:
         self._alarm: TimerHandle | None = None
         self._last_stall_check = -inf
         self._waiting = LoadQueue(
-            loader,
+            self.loader,
             ahead,
-            patience,
-            clock,
+            self.patience,
+            self.clock,
             slots_held=lambda: sum(holder.handle is not None for holder in self.slot_holders),
             granted=self._granted,
             failed=self._load_failed,
         )
-        self._unsubscribe = loader.subscribe(self._on_event)
+        self._unsubscribe = self.loader.subscribe(self._on_event)
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -140,10 +133,10 @@ class AdapterQueues:
             queue.add(ticket)
             self._waiting.update(queue)
         else:
-            handle = None if ticket.ref is None else self._loader.try_acquire(ticket.ref)
+            handle = None if ticket.ref is None else self.loader.try_acquire(ticket.ref)
             ticket.client = self.places.client_of(ticket.request.client)
             self._open_queue([ticket], handle, queue)
-        self._on_change()
+        self.on_change()
 
     def _open_queue(
         self,
@@ -204,7 +197,7 @@ class AdapterQueues:
         """Remove a request that is done. Call once per request."""
         queue = ticket.queue
         queue.tickets.remove(ticket)
-        queue.progress_at = self._clock.time()
+        queue.progress_at = self.clock.time()
         self._count_end(ticket)
         if queue.tickets:
             self._waiting.update(queue)
@@ -221,7 +214,7 @@ class AdapterQueues:
             if not queue.tickets:
                 self._release(queue)
             elif queue.leaving:
-                self._settle(queue)
+                self._reevaluate(queue)
         self._release_stalled()
 
     def fail(self, queue: AdapterQueue, error: LoraxError) -> None:
@@ -232,11 +225,11 @@ class AdapterQueues:
         self._retire(queue)
         for ticket in tickets:
             ticket.end(error.located(id=queue.id))
-        self._on_change()
+        self.on_change()
 
     def _count_end(self, ticket: Ticket) -> None:
         self.places.leave(ticket)
-        self.fair_times.leave(ticket, self._clock.time())
+        self.fair_times.leave(ticket, self.clock.time())
 
     def _retire(self, queue: AdapterQueue) -> None:
         """Remove a queue without requests; a new request starts a new queue."""
@@ -262,20 +255,20 @@ class AdapterQueues:
         """
         if queue.ref is None or queue.version is None:
             return True
-        return self._loader.current_key(queue.ref) == queue.version
+        return self.loader.current_key(queue.ref) == queue.version
 
     def _may_be_resident(self, ref: Ref) -> bool:
         """Return whether the adapter had a slot when its meaning was last looked up."""
-        if self._loader.current_key(ref) is not None:
+        if self.loader.current_key(ref) is not None:
             return False  # the version is known, and `try_acquire` did not find it
-        found = self._loader.placement().find(ref)
+        found = self.loader.placement().find(ref)
         return found is not None and found.slot is not None
 
     async def _check(self, queue: AdapterQueue) -> None:
         """Ask the source which version the queue's ref means, and give it to its requests."""
         assert queue.ref is not None
         try:
-            key, late = await resolve_queue(self._loader, queue, queue.ref)
+            key, late = await resolve_queue(self.loader, queue, queue.ref)
         except LoraxError as error:
             self.fail(queue, error)
             return
@@ -290,12 +283,12 @@ class AdapterQueues:
         else:
             # A key names no digest: it is compared before the first lease.
             ref = key if expected_digest(queue.ref) is None else queue.ref
-            handle = self._loader.try_acquire(ref)
+            handle = self.loader.try_acquire(ref)
             if handle is not None:
                 self._give(queue, handle, late)
             else:
                 self._add_waiting(queue)  # it asks again when it gets its slot
-        self._on_change()
+        self.on_change()
 
     def _return_requests(self, queue: AdapterQueue, predecessor: AdapterQueue) -> None:
         """Move all requests to the predecessor, whose version they mean too."""
@@ -333,7 +326,7 @@ class AdapterQueues:
         self._waiting.remove(queue)
         self._given = max(0, self._given - 1)
         self._give(queue, handle, late)
-        self._on_change()
+        self.on_change()
 
     def _give(self, queue: AdapterQueue, handle: AdapterHandle, late: Sequence[Ticket]) -> None:
         """Let a queue have its slot, without the requests that entered too late for its version."""
@@ -346,14 +339,14 @@ class AdapterQueues:
         queue.handle, queue.place = handle, SlotRef(slot.index, slot.generation)
         queue.version, queue.predecessor = handle.key, None
         queue.may_stream = True
-        queue.granted_at = queue.progress_at = self._clock.time()
+        queue.granted_at = queue.progress_at = self.clock.time()
         queue.yields = False
         queue.quantum = max(ticket.order[1] for ticket in queue.tickets)
         queue.leaving = self.slots.is_leaving(slot)
         queue.arrival = self.slots.adopt(handle)
         self.slot_holders[queue] = None
         self._by_key.setdefault(handle.key, []).append(queue)
-        self._settle(queue)
+        self._reevaluate(queue)
         self._schedule_stall_check()
 
     def _release(self, queue: AdapterQueue) -> None:
@@ -367,7 +360,7 @@ class AdapterQueues:
         if not others:
             del self._by_key[handle.key]
         handle.release()
-        self._turns.record(self._clock.time() - queue.granted_at)
+        self._turns.record(self.clock.time() - queue.granted_at)
         self._given += 1
         self._waiting.note_release()
 
@@ -375,7 +368,7 @@ class AdapterQueues:
         """Release its slot for others; queue it for another slot."""
         self._release(queue)
         for ticket in queue.tickets:
-            self._on_requeue(ticket)
+            self.on_requeue(ticket)
         self._add_waiting(queue, needs_file=needs_file)
 
     # -- events ------------------------------------------------------------------------------------
@@ -386,13 +379,13 @@ class AdapterQueues:
         for queue in tuple(self._by_key.get(event.key, ())):
             if isinstance(event, LayerReady | Resident):
                 queue.leaving = queue.leaving and not isinstance(event, Resident)
-                self._on_change()
+                self.on_change()
             elif isinstance(event, Failed | Leaving):
                 queue.leaving = queue.leaving or isinstance(event, Leaving)
                 # The event precedes the change of the slot.
-                asyncio.get_running_loop().call_soon(self._settle, queue)
+                asyncio.get_running_loop().call_soon(self._reevaluate, queue)
 
-    def _settle(self, queue: AdapterQueue) -> None:
+    def _reevaluate(self, queue: AdapterQueue) -> None:
         """Fail it if its weights are bad or the loader is closed; release its slot if leaving."""
         self.check_integrity([queue])
         if queue.handle is None:
@@ -402,10 +395,10 @@ class AdapterQueues:
         elif queue.leaving and queue.tickets and not queue.batch_count:
             self._send_back(queue)
 
-    def settle_all(self) -> None:
+    def reevaluate_all(self) -> None:
         """Apply changes without an event: a wrong digest, a closed loader."""
         for queue in tuple(self.slot_holders):
-            self._settle(queue)
+            self._reevaluate(queue)
 
     def check_integrity(self, adapter_queues: Iterable[AdapterQueue]) -> None:
         """Fail or reload the adapters whose weights turned out to be bad."""
@@ -456,14 +449,14 @@ class AdapterQueues:
             ticket.position = 0
             self.places.vacate(ticket)
             again.add(ticket)
-            self._on_requeue(ticket)
+            self.on_requeue(ticket)
         if not opened:
             self._waiting.update(again)
         elif again.tickets:
             self._queues[again] = None
             self._current[queue.ref] = again
             self._add_waiting(again, failure=failure)
-        self._on_change()
+        self.on_change()
 
     def yield_slot(self) -> None:
         """Preempt an idle slot holder if no request can start and all begun ones wait for slots.
@@ -472,16 +465,16 @@ class AdapterQueues:
         be ready to take it.
         """
         holders = [holder for holder in self.slot_holders if holder.handle is not None]
-        since = self._clock.time() - self._patience
+        since = self.clock.time() - self.patience
         candidates = [holder for holder in holders if holder.yielded_at <= since]
         if candidates and not any(holder.begun for holder in holders):
             queue = max(candidates, key=attrgetter("urgency"))
-            queue.yielded_at = self._clock.time()
+            queue.yielded_at = self.clock.time()
             self._send_back(queue)
 
     def share_slots(self) -> None:
         """Let adapters yield whose slots overdue requests need, and end the turns that are over."""
-        now, patience = self._clock.time(), self._turns.patience
+        now, patience = self.clock.time(), self._turns.patience
         holders = [holder for holder in self.slot_holders if holder.handle is not None]
         staying = [holder for holder in holders if not holder.leaving]
         overdue = self._waiting.count_overdue(
@@ -503,17 +496,17 @@ class AdapterQueues:
             self._alarm = None
         due = min((latest for _, latest in self._streaming()), default=None)
         if due is not None and len(self._waiting):
-            when = max(due, self._last_stall_check) + self._patience
-            self._alarm = self._clock.call_at(when, self._release_stalled)
+            when = max(due, self._last_stall_check) + self.patience
+            self._alarm = self.clock.call_at(when, self._release_stalled)
 
     def _release_stalled(self) -> None:
-        now = self._clock.time()
+        now = self.clock.time()
         for queue, latest in self._streaming():
-            if now < latest + self._patience or not len(self._waiting):
+            if now < latest + self.patience or not len(self._waiting):
                 continue
             if queue.batch_count:
                 self._last_stall_check = now
-                self._on_blocked_slot(queue)
+                self.on_blocked_slot(queue)
             else:
                 self._send_back(queue, needs_file=True)
         self._schedule_stall_check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import inf
 
 PROFILE_STEPS = 16
@@ -59,6 +60,7 @@ def _interpolate(points: Sequence[float], fraction: float) -> float:
     return points[below] + (place - below) * (points[below + 1] - points[below])
 
 
+@dataclass(eq=False)
 class LoadEstimate:
     """The expected arrival of one load's layer groups. Times are seconds of one clock.
 
@@ -66,15 +68,12 @@ class LoadEstimate:
     `since`. `profile` has past loads of this kind; this load is added when it is complete.
     """
 
-    def __init__(
-        self, layers: Sequence[int], nbytes: int, since: float, profile: LoadProfile
-    ) -> None:
-        self._layers = tuple(layers)
-        self._nbytes = nbytes
-        self._since = since
-        self._profile = profile
-        self._times: list[float] = []
-        self._recorded = False
+    layers: Sequence[int]
+    nbytes: int
+    since: float
+    profile: LoadProfile
+    _times: list[float] = field(default_factory=list, init=False)
+    _recorded: bool = field(default=False, init=False)
 
     @property
     def arrived(self) -> int:
@@ -84,7 +83,7 @@ class LoadEstimate:
     @property
     def latest(self) -> float:
         """When the last group arrived, or when the slot was granted."""
-        return self._since + self._times[-1] if self._times else self._since
+        return self.since + self._times[-1] if self._times else self.since
 
     def skip(self, groups: int) -> None:
         """Mark the first `groups` as arrived at an unknown time; keep this load off the profile."""
@@ -93,30 +92,30 @@ class LoadEstimate:
 
     def record(self, layer: int, now: float) -> None:
         """Mark all groups up to `layer` as arrived."""
-        arrived = sum(group <= layer for group in self._layers)
-        self._times += [now - self._since] * (arrived - len(self._times))
-        if arrived == len(self._layers) and not self._recorded:
+        arrived = sum(group <= layer for group in self.layers)
+        self._times += [now - self.since] * (arrived - len(self._times))
+        if arrived == len(self.layers) and not self._recorded:
             self._recorded = True
-            self._profile.record(self._times, self._nbytes)
+            self.profile.record(self._times, self.nbytes)
 
     def expected(self, now: float) -> list[float] | None:
         """Return when each missing group will arrive; None without an observed arrival time."""
-        arrived, groups = len(self._times), len(self._layers)
+        arrived, groups = len(self._times), len(self.layers)
         if not arrived:
             return None
         fractions = [
-            max(_MIN_FRACTION, self._profile.time_fraction(number / groups))
+            max(_MIN_FRACTION, self.profile.time_fraction(number / groups))
             for number in range(arrived, groups + 1)
         ]
         # Extrapolate the whole load from its own progress, or else from the profile.
         elapsed = self._times[-1]
-        usual = (self._profile.per_byte or 0.0) * self._nbytes
+        usual = (self.profile.per_byte or 0.0) * self.nbytes
         total = elapsed / fractions[0] if elapsed else usual
         if not total:
             return None
-        if arrived < groups and fractions[1] * total < now - self._since:
-            total = LATE_FACTOR * (now - self._since) / fractions[1]
-        return [self._since + fraction * total for fraction in fractions[1:]]
+        if arrived < groups and fractions[1] * total < now - self.since:
+            total = LATE_FACTOR * (now - self.since) / fractions[1]
+        return [self.since + fraction * total for fraction in fractions[1:]]
 
     def earliest_pass(self, now: float, seconds: float | None, num_layers: int) -> float:
         """Return the earliest start of a pass that reaches no layer before its expected arrival.
@@ -130,7 +129,7 @@ class LoadEstimate:
         per_layer = (seconds or 0.0) / max(1, num_layers)
         waits = [
             moment - per_layer * max(0, layer)
-            for layer, moment in zip(self._layers[len(self._times) :], expected, strict=True)
+            for layer, moment in zip(self.layers[len(self._times) :], expected, strict=True)
         ]
         return max(waits, default=now)
 

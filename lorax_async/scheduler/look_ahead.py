@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import count, islice
 from operator import itemgetter
 
 from lorax_async.errors import AdapterTimeoutError, InternalError, LoraxError
@@ -59,6 +59,7 @@ async def resolve_queue(
             return key, late
 
 
+@dataclass(slots=True, eq=False)
 class LoadTask:
     """The load of one adapter without a slot.
 
@@ -67,25 +68,18 @@ class LoadTask:
     in its slot, with the error: load it again only if its files have changed.
     """
 
-    def __init__(
-        self,
-        queue: AdapterQueue,
-        number: int,
-        *,
-        needs_file: bool,
-        failure: tuple[AdapterKey, LoraxError] | None = None,
-    ) -> None:
-        self.queue = queue
-        self.failure = failure
-        self.place: tuple[Urgency, int] = (queue.urgency, number)
-        self.needs_file = needs_file
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.since = 0.0
-        self.priority = 0
-        self.preempts = False
-        self.hints: dict[TierName, Prefetch] = {}
+    queue: AdapterQueue
+    place: tuple[Urgency, int]
+    needs_file: bool
+    failure: tuple[AdapterKey, LoraxError] | None
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    since: float = 0.0
+    priority: int = 0
+    preempts: bool = False
+    hints: dict[TierName, Prefetch] = field(default_factory=dict)
 
 
+@dataclass(eq=False)
 class LoadQueue:
     """The adapters without a slot, by urgency.
 
@@ -95,28 +89,19 @@ class LoadQueue:
     returns the number of adapters with slots.
     """
 
-    def __init__(
-        self,
-        loader: AdapterLoader,
-        ahead: LookAhead,
-        patience: float,
-        clock: Clock,
-        *,
-        slots_held: Callable[[], int],
-        granted: Callable[[AdapterQueue, AdapterHandle, list[Ticket]], None],
-        failed: Callable[[AdapterQueue, LoraxError], None],
-    ) -> None:
-        self._loader = loader
-        self._ahead = ahead
-        self._patience = patience
-        self._clock = clock
-        self._slots_held = slots_held
-        self._granted = granted
-        self._failed = failed
+    loader: AdapterLoader
+    ahead: LookAhead
+    patience: float
+    clock: Clock
+    slots_held: Callable[[], int]
+    granted: Callable[[AdapterQueue, AdapterHandle, list[Ticket]], None]
+    failed: Callable[[AdapterQueue, LoraxError], None]
+
+    def __post_init__(self) -> None:
         self._queue: list[tuple[tuple[Urgency, int], LoadTask]] = []
         self._load_tasks: dict[AdapterQueue, LoadTask] = {}
-        self._numbers = 0
-        self._last_held = clock.time()
+        self._numbers = count()
+        self._last_held = self.clock.time()
         self._tasks: set[asyncio.Task[None]] = set()
         self._alarm: TimerHandle | None = None
         self._look_scheduled = False
@@ -132,8 +117,8 @@ class LoadQueue:
         failure: tuple[AdapterKey, LoraxError] | None = None,
     ) -> None:
         """Add an adapter; with `needs_file`, fetch its file before it gets a slot."""
-        self._numbers += 1
-        load_task = LoadTask(queue, self._numbers, needs_file=needs_file, failure=failure)
+        place = queue.urgency, next(self._numbers)
+        load_task = LoadTask(queue, place, needs_file, failure)
         self._load_tasks[queue] = load_task
         insort(self._queue, (load_task.place, load_task))
         if failure is not None:
@@ -169,21 +154,21 @@ class LoadQueue:
 
     def count_overdue(self, is_overdue: Callable[[Ticket], bool], limit: int) -> int:
         """Return how many adapters, at most `limit`, are overdue and lack nothing but a slot."""
-        count = 0
+        overdue = 0
         for _, load_task in self._queue:
-            if count >= limit:
+            if overdue >= limit:
                 break
             queue = load_task.queue
             if is_overdue(queue.tickets[0]):
-                count += self._waits_for_slot(queue)
+                overdue += self._waits_for_slot(queue)
             elif not queue.begun:
                 break  # nor are those that follow
-        return count
+        return overdue
 
     def _waits_for_slot(self, queue: AdapterQueue) -> bool:
         """Return whether its files are here and it has no slot."""
         assert queue.ref is not None
-        found = self._loader.placement().find(queue.version or queue.ref)
+        found = self.loader.placement().find(queue.version or queue.ref)
         return found is not None and found.slot is None
 
     def _take_out(self, load_task: LoadTask) -> None:
@@ -196,7 +181,7 @@ class LoadQueue:
 
     def note_release(self) -> None:
         """Look again: one of the adapters has released its slot."""
-        self._last_held = self._clock.time()
+        self._last_held = self.clock.time()
         self.schedule_look()
 
     # -- looking ahead -----------------------------------------------------------------------------
@@ -210,8 +195,8 @@ class LoadQueue:
     def _look(self) -> None:
         """Load or prefetch the first adapters of the queue."""
         self._look_scheduled = False
-        now = self._clock.time()
-        targets = self._ahead.targets(self._slots_held())
+        now = self.clock.time()
+        targets = self.ahead.targets(self.slots_held())
         counting = (load_task for _, load_task in self._queue if self._counts(load_task, now))
         first = list(islice(counting, len(targets)))
         for load_task, tier in zip(first, targets, strict=False):
@@ -223,30 +208,30 @@ class LoadQueue:
                 self._hint(load_task, tier)
         self._preempt_others(now)
         # Look again when the oldest of these loads exceeds `patience`.
-        dues = [load_task.since + self._patience for load_task in first if load_task.tasks]
+        dues = [load_task.since + self.patience for load_task in first if load_task.tasks]
         if self._alarm is not None:
             self._alarm.cancel()
         self._alarm = None
         if dues:
-            due = min((due for due in dues if due > now), default=now + self._patience)
-            self._alarm = self._clock.call_at(due, self._look)
+            due = min((due for due in dues if due > now), default=now + self.patience)
+            self._alarm = self.clock.call_at(due, self._look)
 
     def _preempt_others(self, now: float) -> None:
         """Let late loads take slots from other users of the loader.
 
         Only if none of these adapters has had a slot for as long: the scheduler has none to give.
         """
-        if self._slots_held() or now < self._last_held + self._patience:
+        if self.slots_held() or now < self._last_held + self.patience:
             return
         for _, load_task in self._queue:
-            late = load_task.tasks and now >= load_task.since + self._patience
+            late = load_task.tasks and now >= load_task.since + self.patience
             if late and not load_task.preempts:
                 load_task.preempts = True
                 self._start_load(load_task)
 
     def _counts(self, load_task: LoadTask, now: float) -> bool:
         """Return whether it counts among the first: not if its source is unresponsive."""
-        late = load_task.tasks and now >= load_task.since + self._patience
+        late = load_task.tasks and now >= load_task.since + self.patience
         if late and not self._waits_for_slot(load_task.queue):
             return False
         return not load_task.needs_file
@@ -255,7 +240,7 @@ class LoadQueue:
 
     def _start_load(self, load_task: LoadTask) -> None:
         if not load_task.tasks:
-            load_task.since = self._clock.time()
+            load_task.since = self.clock.time()
         load_task.priority = load_task.queue.priority
         task = asyncio.get_running_loop().create_task(self._load(load_task), name="lorax load")
         load_task.tasks.add(task)
@@ -269,7 +254,7 @@ class LoadQueue:
         try:
             if load_task.failure is not None:
                 key, failure = load_task.failure
-                if await self._loader.resolve(ref, timeout=MAX_SECONDS) == key:
+                if await self.loader.resolve(ref, timeout=MAX_SECONDS) == key:
                     self._fail(load_task, failure)
                     return
             handle, late = await self._stream(load_task, ref)
@@ -281,7 +266,7 @@ class LoadQueue:
             self._fail(load_task, fault)
         else:
             if self._load_tasks.get(load_task.queue) is load_task:
-                self._granted(load_task.queue, handle, late)
+                self.granted(load_task.queue, handle, late)
             else:
                 handle.release()
 
@@ -291,7 +276,7 @@ class LoadQueue:
         Requests may have entered while the load waited for a slot, longer than the look at the
         version counts. Those that entered too late for the last look are returned too.
         """
-        queue, loader = load_task.queue, self._loader
+        queue, loader = load_task.queue, self.loader
         version = queue.version if queue.has_started else None
         target: Ref = ref if version is None else version
         priority, preempt = load_task.priority, load_task.preempts
@@ -306,15 +291,15 @@ class LoadQueue:
 
     def _fail(self, load_task: LoadTask, error: LoraxError) -> None:
         if self._load_tasks.get(load_task.queue) is load_task:
-            self._failed(load_task.queue, error)
+            self.failed(load_task.queue, error)
 
     def _hint(self, load_task: LoadTask, tier: TierName) -> None:
-        if tier in load_task.hints or (tier == "host" and not self._loader.config.host_bytes):
+        if tier in load_task.hints or (tier == "host" and not self.loader.config.host_bytes):
             return
         ref = load_task.queue.ref
         assert ref is not None
         try:
-            hint = self._loader.prefetch(ref, tier=tier, priority=load_task.queue.priority)
+            hint = self.loader.prefetch(ref, tier=tier, priority=load_task.queue.priority)
         except LoraxError as error:
             self._fail(load_task, error)
             return

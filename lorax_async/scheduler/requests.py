@@ -89,21 +89,20 @@ class Request:
         return None if self.adapter_id is None else as_ref(self.adapter_id)
 
 
+@dataclass(slots=True, eq=False)
 class Client:
     """A client with requests. A new one starts with the fewest tokens of all clients."""
 
-    __slots__ = ("begun", "name", "requests", "tokens")
-
-    def __init__(self, name: Hashable, tokens: int) -> None:
-        self.name = name
-        self.requests = 0
-        """The number of its requests that are not done."""
-        self.begun = 0
-        """The number of its requests that occupy a place of the engine."""
-        self.tokens = tokens
-        """Tokens computed for it."""
+    name: Hashable
+    tokens: int
+    """Tokens computed for it."""
+    requests: int = 0
+    """The number of its requests that are not done."""
+    begun: int = 0
+    """The number of its requests that occupy a place of the engine."""
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Ticket:
     """A submitted request. Await it for the number of generated tokens, or for its error.
 
@@ -111,40 +110,31 @@ class Ticket:
     not cancel the request. Use it on the scheduler's loop only.
     """
 
-    __slots__ = (
-        "_cancel", "_future", "alarm", "begun", "client", "error", "generated", "in_batch",
-        "order", "overdue_end", "position", "queue", "ref", "request",
-    )  # fmt: skip
+    request: Request
+    order: tuple[float, int]
+    """Sort key: urgency, then the order of submission."""
+    _future: asyncio.Future[None]
+    _cancel: Callable[[Ticket], None]
+    ref: Ref | None = field(init=False)
+    queue: AdapterQueue = field(init=False)
+    """The queue that it is in, or was in last."""
+    client: Client | None = None
+    overdue_end: int = 0
+    """The number of ended requests from which it counts as overdue."""
+    position: int = 0
+    """The number of computed tokens, whose keys and values the engine has."""
+    generated: int = 0
+    """The number of tokens generated so far."""
+    begun: bool = False
+    """Whether it occupies a place of the engine, which has its keys and values."""
+    in_batch: bool = False
+    """Whether it is in a batch in flight."""
+    alarm: TimerHandle | None = None
+    error: LoraxError | None = None
+    """The error that ended it, if any."""
 
-    def __init__(
-        self,
-        request: Request,
-        order: tuple[float, int],
-        future: asyncio.Future[None],
-        cancel: Callable[[Ticket], None],
-    ) -> None:
-        self.request = request
-        self.ref = request.ref
-        self.queue: AdapterQueue
-        """The queue that it is in, or was in last."""
-        self.client: Client | None = None
-        self.order = order
-        """Sort key: urgency, then the order of submission."""
-        self.overdue_end = 0
-        """The number of ended requests from which it counts as overdue."""
-        self.position = 0
-        """The number of computed tokens, whose keys and values the engine has."""
-        self.generated = 0
-        """The number of tokens generated so far."""
-        self.begun = False
-        """Whether it occupies a place of the engine, which has its keys and values."""
-        self.in_batch = False
-        """Whether it is in a batch in flight."""
-        self.alarm: TimerHandle | None = None
-        self.error: LoraxError | None = None
-        """The error that ended it, if any."""
-        self._future = future
-        self._cancel = cancel
+    def __post_init__(self) -> None:
+        self.ref = self.request.ref
 
     @property
     def done(self) -> bool:
@@ -224,6 +214,7 @@ Urgency = tuple[bool, float, int]
 """A sort key of adapters: first those with begun requests, then by the oldest request."""
 
 
+@dataclass(eq=False)
 class AdapterQueue:
     """The requests for one version of an adapter; `ref` None: for the base alone.
 
@@ -231,44 +222,41 @@ class AdapterQueue:
     queue of the same ref that takes no new requests since the ref may mean another version.
     """
 
-    def __init__(
-        self, ref: Ref | None, tokens: int = 0, predecessor: AdapterQueue | None = None
-    ) -> None:
-        self.ref = ref
-        self.predecessor = predecessor
-        self.version: AdapterKey | None = None
-        """The version of its handle, or of the last one; None before the first."""
-        self.tickets: list[Ticket] = []
-        """Requests that are not done, by urgency, including those in a batch."""
-        self.handle: AdapterHandle | None = None
-        self.place: SlotRef = NO_SLOT
-        """The slot of `handle`."""
-        self.batch_count = 0
-        """The number of batches in flight with this adapter, which keep the handle."""
-        self.arrival: LoadEstimate | None = None
-        """The expected arrival of its layers while it streams."""
-        self.may_stream = True
-        """Whether its rows may join a batch before the last layer is there."""
-        self.leaving = False
-        """Whether the slot must be released."""
-        self.granted_at = 0.0
-        """When it got its slot."""
-        self.quantum = 0
-        """The last submission that was queued when it got its slot."""
-        self.progress_at = 0.0
-        """When a request ended last, or when it got its slot."""
-        self.yields = False
-        """Whether only requests of its quantum may begin."""
-        self.yielded_at = -inf
-        """When it last gave its slot up for requests that had begun."""
-        self.priority = -MAX_PRIORITY
-        """The highest priority of any request so far."""
-        self.begun = 0
-        """The number of requests that occupy a place of the engine."""
-        self.reloaded = False
-        """Whether it was reloaded because its files changed while they were read."""
-        self.tokens = tokens
-        """Tokens computed with it."""
+    ref: Ref | None
+    tokens: int = 0
+    """Tokens computed with it."""
+    predecessor: AdapterQueue | None = None
+    version: AdapterKey | None = None
+    """The version of its handle, or of the last one; None before the first."""
+    tickets: list[Ticket] = field(default_factory=list)
+    """Requests that are not done, by urgency, including those in a batch."""
+    handle: AdapterHandle | None = None
+    place: SlotRef = NO_SLOT
+    """The slot of `handle`."""
+    batch_count: int = 0
+    """The number of batches in flight with this adapter, which keep the handle."""
+    arrival: LoadEstimate | None = None
+    """The expected arrival of its layers while it streams."""
+    may_stream: bool = True
+    """Whether its rows may join a batch before the last layer is there."""
+    leaving: bool = False
+    """Whether the slot must be released."""
+    granted_at: float = 0.0
+    """When it got its slot."""
+    quantum: int = 0
+    """The last submission that was queued when it got its slot."""
+    progress_at: float = 0.0
+    """When a request ended last, or when it got its slot."""
+    yields: bool = False
+    """Whether only requests of its quantum may begin."""
+    yielded_at: float = -inf
+    """When it last gave its slot up for requests that had begun."""
+    priority: int = -MAX_PRIORITY
+    """The highest priority of any request so far."""
+    begun: int = 0
+    """The number of requests that occupy a place of the engine."""
+    reloaded: bool = False
+    """Whether it was reloaded because its files changed while they were read."""
 
     @property
     def id(self) -> str | None:

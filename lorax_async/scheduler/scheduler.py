@@ -290,7 +290,7 @@ class AdapterScheduler:
         await asyncio.sleep(0)  # let pending events arrive first
         while True:
             self._check_open()
-            self._adapter_queues.settle_all()
+            self._adapter_queues.reevaluate_all()
             self._adapter_queues.share_slots()
             now = self._clock.time()
             room = BatchCapacity(max_tokens, max_sequences, self._pace, self._layers, now)

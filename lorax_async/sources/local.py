@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import stat
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import closing, suppress
@@ -56,6 +57,7 @@ from lorax_async.formats.peft_names import (
 from lorax_async.formats.safetensors import Header, parse_header
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.ids import LocalFolder, parse_ref
+from lorax_async.lru import remember
 from lorax_async.sources.base import AdapterFile, StoredFolder
 from lorax_async.types import (
     UNCHECKED,
@@ -103,7 +105,7 @@ class LocalSource:
         self._limits = limits
         self._threads = threads
         self._hashes = hashes
-        self._digests: dict[FileIdentity, str] = {}
+        self._digests: OrderedDict[FileIdentity, str] = OrderedDict()
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         location = parse_ref(ref).location
@@ -154,13 +156,12 @@ class LocalSource:
     async def _digest(self, reader: FileReader, control: FetchControl) -> str:
         """Hash the file. Raise `IntegrityError` if it had other bytes before."""
         digest = await sha256_of(reader, self._threads, control)
-        if self._digests.setdefault(reader.identity, digest) != digest:
+        if self._digests.get(reader.identity, digest) != digest:
             raise IntegrityError(
                 f"{reader.name} has other bytes than before, though it was not written to: look"
                 " at the disk, and save the adapter again"
             )
-        if len(self._digests) > MAX_DIGESTS:
-            del self._digests[next(iter(self._digests))]
+        remember(self._digests, reader.identity, digest, MAX_DIGESTS)
         return digest
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from vllm_doubles import Engine, Lora, LoRARequest, serving, settings
 
 from lorax_async import AdapterRef, AdapterStore, ConfigError, LoraxError, StoreConfig
-from lorax_async.engines.plugins import BaseRequirements
+from lorax_async.engines.plugin_settings import BaseRequirements
 from lorax_async.engines.vllm.notices import receive_notices, send_notice
 from lorax_async.engines.vllm.plugin import notice_host
 from lorax_async.engines.vllm.worker import (

@@ -20,7 +20,7 @@ from httpx2 import ASGITransport, AsyncClient
 from pydantic import BaseModel
 
 from lorax_async import AdapterStore, StoreConfig
-from lorax_async.engines.plugins import BaseRequirements, PluginSettings
+from lorax_async.engines.plugin_settings import BaseRequirements, PluginSettings
 from lorax_async.engines.vllm.engine_calls import EngineCalls
 from lorax_async.engines.vllm.plugin import NameResolver, ServerPlugin
 from lorax_async.engines.vllm.served_adapters import ServedAdapters

@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import HTTPException
 
 from lorax_async.config import PEERS_REMOVED, StoreConfig
-from lorax_async.engines.plugins import response_to
+from lorax_async.engines.plugin_settings import response_to
 from lorax_async.errors import ConfigError, LoraxError
 from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.store import AdapterStore

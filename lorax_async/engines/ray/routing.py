@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, islice
 
+from lorax_async.lru import remember
+
 BOUND = 1.25
 """No replica gets more than this many times its share of the recent requests."""
 
@@ -177,10 +179,8 @@ class RoutingPolicy:
         """Count a request that was sent to a replica."""
         if replica not in self._loads:
             return
-        self._sent.setdefault(adapter, {})[replica] = self._publications[replica]
-        self._sent.move_to_end(adapter)
-        if len(self._sent) > REMEMBERED:
-            self._sent.popitem(last=False)
+        remember(self._sent, adapter, self._sent.get(adapter, {}), REMEMBERED)
+        self._sent[adapter][replica] = self._publications[replica]
         self._requests[adapter] += 1
         self._loads[replica] += 1
         self._total += 1

@@ -7,6 +7,6 @@
 - `worker`: builds weights beside the loop of each worker, and keeps them in host memory;
 - `routes`: HTTP routes and metrics.
 
-Settings are in `engines.plugins`. vLLM is imported only by functions and modules that vLLM itself
-loads. docs/vllm.md is for users.
+Settings are in `engines.plugin_settings`. vLLM is imported only by functions and modules that vLLM
+itself loads. docs/vllm.md is for users.
 """

@@ -17,7 +17,7 @@ from typing import Any
 
 from lorax_async import layouts
 from lorax_async.config import StoreConfig
-from lorax_async.engines.plugins import BaseRequirements, PluginSettings
+from lorax_async.engines.plugin_settings import BaseRequirements, PluginSettings
 from lorax_async.engines.vllm.engine_calls import EngineCalls
 from lorax_async.engines.vllm.notices import network_namespace, receive_notices
 from lorax_async.engines.vllm.routes import attach_metrics, attach_renewal, attach_routes, refuse

@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lorax_async.engines.plugins import PluginSettings, response_to
+from lorax_async.engines.plugin_settings import PluginSettings, response_to
 from lorax_async.engines.vllm.served_adapters import ServedAdapters
 from lorax_async.errors import LoraxError
 from lorax_async.types import AdapterRef

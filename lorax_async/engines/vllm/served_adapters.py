@@ -11,11 +11,12 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from lorax_async.engines.plugins import BaseRequirements, PluginSettings
+from lorax_async.engines.plugin_settings import BaseRequirements, PluginSettings
 from lorax_async.engines.vllm.engine_calls import EngineCalls
 from lorax_async.errors import FetchError, IntegrityError, LoraxError
+from lorax_async.lru import remember
 from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.store import AdapterStore
 from lorax_async.types import AdapterKey, AdapterRef
@@ -37,8 +38,6 @@ ATTEMPTS = 3
 
 POLL = 0.1
 """Seconds between two looks whether the requests of an earlier version have ended."""
-
-T = TypeVar("T")
 
 _logger = logging.getLogger("vllm.lorax_async")  # vLLM writes what its children log
 
@@ -317,10 +316,10 @@ class ServedAdapters:
             return
         await self.discard(adapter)
         if name not in self._served:
-            _remember(self._prefetched, name, adapter)
+            remember(self._prefetched, name, adapter, MAX_REMEMBERED)
 
     def _note(self, name: str, error: LoraxError) -> None:
-        _remember(self._errors, name, str(error))
+        remember(self._errors, name, str(error), MAX_REMEMBERED)
 
     # -- out of the engine ------------------------------------------------------------------------
 
@@ -472,11 +471,3 @@ def _start_in(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -
     task = asyncio.create_task(work, name="lorax adapter")
     tasks.add(task)
     task.add_done_callback(tasks.discard)
-
-
-def _remember(names: OrderedDict[str, T], name: str, value: T) -> None:
-    """Put `value` last, and drop the first of more than `MAX_REMEMBERED`."""
-    names[name] = value
-    names.move_to_end(name)
-    if len(names) > MAX_REMEMBERED:
-        names.popitem(last=False)

@@ -19,6 +19,7 @@ from typing import Any
 
 from lorax_async.engines.vllm.notices import NoticeAddress, network_namespace, send_notice
 from lorax_async.errors import shorten
+from lorax_async.lru import remember
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -115,7 +116,7 @@ class BuiltWeights:
         self._building: dict[str, Future[Any]] = {}
         self._lost: dict[str, str] = {}
         self._added = set(added)
-        self._requests: dict[int, Any] = {}
+        self._requests: OrderedDict[int, Any] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lorax-build")
         self.counts = dict.fromkeys(("built", "hits", "loads", "reopened", "lost"), 0)
 
@@ -284,10 +285,7 @@ class BuiltWeights:
         self._activate([*present.values(), *map(self._requests.__getitem__, missing)], mapping)
 
     def _remember(self, lora_request: Any) -> None:
-        self._requests.pop(lora_request.lora_int_id, None)
-        self._requests[lora_request.lora_int_id] = lora_request
-        if len(self._requests) > MAX_REQUESTS:
-            del self._requests[next(iter(self._requests))]
+        remember(self._requests, lora_request.lora_int_id, lora_request, MAX_REQUESTS)
 
     def report(self) -> dict[str, Any]:
         """Return the numbers of adapters in slots and in vLLM's cache, and our bytes by path."""

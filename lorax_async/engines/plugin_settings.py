@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from http import HTTPStatus
 from math import ceil
 from pathlib import Path
@@ -195,15 +195,14 @@ def _parse_switch(name: str, text: str) -> bool:
     return text == "1"
 
 
+@dataclass(frozen=True, slots=True)
 class BaseRequirements:
     """What adapters have to fit: the base's layout, if known, and the server's highest rank."""
 
-    def __init__(
-        self, layout: ModelLayout | None, max_rank: int | None, *, check_finite: bool = True
-    ) -> None:
-        self._layout = layout
-        self._max_rank = max_rank
-        self._check_finite = check_finite
+    layout: ModelLayout | None
+    max_rank: int | None
+    _: KW_ONLY
+    check_finite: bool = True
 
     def check(self, folder: Path) -> int:
         """Return the bytes of an adapter's weights. Blocks, while it reads them.
@@ -214,16 +213,16 @@ class BaseRequirements:
         header, nbytes = read_header(folder, limits)
         spec = parse_config((folder / CONFIG).read_bytes(), limits)
         ranks = [spec.rank, *(int(pattern.value) for pattern in spec.rank_patterns)]
-        if self._max_rank is not None and max(ranks) > self._max_rank:
+        if self.max_rank is not None and max(ranks) > self.max_rank:
             raise IncompatibleAdapterError(
-                f"its rank is {max(ranks)}, and this server takes up to {self._max_rank}"
+                f"its rank is {max(ranks)}, and this server takes up to {self.max_rank}"
                 " (--max-lora-rank)"
             )
-        if self._layout is not None:
-            pair_tensors(header, spec, self._layout, limits)
+        if self.layout is not None:
+            pair_tensors(header, spec, self.layout, limits)
         else:
             layouts.from_adapter(folder, limits=limits)  # they are pairs of its rank
-        if self._check_finite:
+        if self.check_finite:
             require_finite(folder)
         return nbytes
 
