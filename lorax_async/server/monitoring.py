@@ -27,20 +27,11 @@ T = TypeVar("T")
 
 # -- traces of cold requests ----------------------------------------------------------------------
 
-MAX_RECORDINGS = 2
-"""Concurrent recordings; further requests are not recorded. The last is for named adapters."""
-
-SPAN_LIMIT = 8_192
-"""Spans of one trace, and as many of "compute": at most 10 MB of JSON."""
-
-MAX_COLD = 20
-"""Cold requests kept, and as many for named adapters; the oldest go first."""
-
-MAX_COLD_SPANS = 65_536
-"""Spans of each of these two lists, about 600 bytes each with their JSON: at most 40 MB."""
-
-REST_FACTOR = 3
-"""Pause after encoding a trace, in multiples of its time: it competes with computing tokens."""
+MAX_RECORDINGS = 2  # at a time; further requests are not recorded; the last is for named adapters
+SPAN_LIMIT = 8_192  # spans of one trace, and as many of "compute": at most 10 MB of JSON
+MAX_COLD = 20  # cold requests kept, and as many for named adapters; the oldest go first
+MAX_COLD_SPANS = 65_536  # of each of these two lists, 600 bytes each with their JSON: at most 40 MB
+REST_FACTOR = 3  # the pause after encoding a trace, which competes with tokens, by its duration
 
 Names = tuple[tuple[str, AdapterId], ...]
 
@@ -198,31 +189,16 @@ class ColdRequest:
 
 # -- the page -------------------------------------------------------------------------------------
 
-MAX_ROWS = 200
-"""Rows of named adapters, and as many of others, the nearest."""
-
-MAX_PAGES = 64
-"""Open pages of clients, and as many of the operator, which clients cannot use up."""
-
+MAX_ROWS = 200  # of named adapters, and as many of others, the nearest
+MAX_PAGES = 64  # open pages of clients, and as many of the operator, which clients cannot use up
 ERROR_LENGTH = 300
-
-RATE_SECONDS = 10.0
-"""Tokens per second are a mean over this time."""
-
-TICK = 0.25
-"""Seconds between two checks for changes."""
-
-FRESH_SECONDS = 0.2
-"""All pages share a read for at least this long,"""
-
-FRESH_FACTOR = 20
-"""and for this multiple of its duration: reading thousands of adapters takes milliseconds."""
-
-SILENCE = 15.0
-"""Seconds without changes after which an empty event is sent: proxies end silent connections."""
-
-LAST_SECONDS = 1.0
-"""Seconds that a client may take to read the end of its stream."""
+RATE_SECONDS = 10.0  # tokens per second are a mean over this time
+TICK = 0.25  # seconds between two looks for changes,
+ACTIVE_SECONDS = RATE_SECONDS + 2.0  # until this long after the last sign of one
+FRESH_SECONDS = 0.2  # all pages share a read for at least this long,
+FRESH_FACTOR = 20  # and this multiple of its duration: reading thousands of adapters takes long
+SILENCE = 15.0  # seconds until an empty event is sent: proxies end silent connections
+LAST_SECONDS = 1.0  # that a client may take to read the end of its stream
 
 Row = dict[str, Any]
 Rows = Mapping[str, Row]
@@ -235,8 +211,7 @@ def shared(read: Callable[P, T]) -> Callable[P, T]:
     def get(*args: P.args, **options: P.kwargs) -> T:
         began, given = time.monotonic(), (args, *options.values())
         if given not in results or began >= results[given][0]:
-            value = read(*args, **options)
-            now = time.monotonic()
+            value, now = read(*args, **options), time.monotonic()
             results[given] = now + max(FRESH_SECONDS, FRESH_FACTOR * (now - began)), value
         return results[given][1]
 
@@ -252,22 +227,26 @@ class Dashboard:
     def __init__(
         self, loader: AdapterLoader, names: ModelNames, cold: ColdRequests, metrics: ServerMetrics
     ) -> None:
-        self._loader = loader
-        self._names = names
-        self._cold = cold
-        self._metrics = metrics
+        self._loader, self._names, self._cold, self._metrics = loader, names, cold, metrics
         self._tokens: deque[tuple[float, int]] = deque()
         """Totals of the last `RATE_SECONDS`, with their times."""
         self.numbers = shared(self._read_numbers)
         self.rows, self.cold = shared(self._read_rows), shared(self._read_cold)
         self._open: dict[EventStream, bool] = {}
         """Open streams; the values say whether a stream is the operator's."""
+        self._changed, self._active_until = asyncio.Event(), 0.0
         self._ending = False
+
+    def note_change(self, _: object = None) -> None:
+        """Look for changes, now and for some seconds: what is read is older than its events."""
+        self._active_until = time.monotonic() + ACTIVE_SECONDS
+        self._changed.set()
 
     def end(self) -> None:
         """End all streams at their next tick; disconnect clients that do not read the end."""
         if not self._ending:
             self._ending = True
+            self._changed.set()
             asyncio.get_running_loop().call_later(
                 LAST_SECONDS, lambda: [stream.abort() for stream in self._open]
             )
@@ -278,22 +257,30 @@ class Dashboard:
         if list(self._open.values()).count(operator) >= MAX_PAGES:
             raise CapacityError(f"{MAX_PAGES} pages are open, which is the limit; close one")
         self._open[stream] = operator
+        unsubscribe = self._loader.subscribe(self.note_change)
         try:
             yield
         finally:
+            unsubscribe()
             del self._open[stream]
 
     async def send(self, stream: EventStream, *, operator: bool) -> None:
         """Send all rows, then changes, until the client disconnects or the server ends."""
         await stream.begin()
-        page, silent = dict[str, Any](), 0.0
+        page, silent_at = dict[str, Any](), time.monotonic() + SILENCE
+        self.note_change()
         while not self._ending:
             changes = self._update(page, operator)
-            if changes or silent >= SILENCE:
+            if changes or time.monotonic() >= silent_at:
                 await stream.send_event(changes)
-                silent = 0.0
-            await asyncio.sleep(TICK)
-            silent += TICK
+                silent_at = time.monotonic() + SILENCE
+            if time.monotonic() >= self._active_until and not self._ending:
+                self._changed.clear()  # no other page waits for a change before this one
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(silent_at - time.monotonic()):
+                        await self._changed.wait()
+            if not self._ending:
+                await asyncio.sleep(TICK)
         await stream.end()
 
     def _update(self, page: dict[str, Any], operator: bool) -> dict[str, Any]:
