@@ -81,7 +81,7 @@ class WarmList:
         await self._write()
 
     async def _write(self) -> None:
-        rows = [
+        rows: list[dict[str, object]] = [
             {"path" if isinstance(ref.id, Path) else "id": ref.text, "source": ref.source}
             | {"revision": ref.revision, "use_token": ref.use_token}
             for ref in self._list_adapters()
@@ -97,7 +97,9 @@ class WarmList:
     def _list_adapters(self) -> Iterator[AdapterRef]:
         """Yield the adapters on the device or being restored, the last used first."""
         placement = self._loader.placement()
-        wanted = {key for key, where in placement.adapters.items() if where.tier == "device"}
+        wanted: set[object] = {
+            key for key, where in placement.adapters.items() if where.tier == "device"
+        }
         if self.restored is not None and not self.restored.done:
             wanted |= set(self._restoring)
         for ref in reversed(self._used):
@@ -140,11 +142,11 @@ def read_warm_list(path: Path) -> list[AdapterRef]:
     except OSError as error:
         text = f"the warm list {path} cannot be read ({error.strerror}); name a file that can be"
         raise ConfigError(text) from error
-    except (TypeError, ValueError, RecursionError, UsageError) as error:
+    except (TypeError, KeyError, ValueError, RecursionError, UsageError) as error:
         text = f"{path} is not a warm list ({error}); delete it, or name another file"
         raise ConfigError(text) from error
 
 
 def _as_ref(source: Any, revision: Any, use_token: Any = False, **name: Any) -> AdapterRef:
-    id = Path(name["path"]) if "path" in name else name.get("id")
+    id = Path(name["path"]) if "path" in name else name["id"]
     return AdapterRef(id, source, revision, use_token=use_token)
