@@ -8,7 +8,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from lorax_async.errors import CapacityError, LoaderClosedError, LoraxError, shorten
 from lorax_async.events import Failed, Resident
@@ -22,45 +22,28 @@ from lorax_async.telemetry import name_of
 from lorax_async.tracing import ANOTHER
 from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
-# -- traces of cold requests ----------------------------------------------------------------------
-
-MAX_RECORDINGS = 2
-"""Concurrent recordings; further requests are not recorded. The last is for named adapters."""
-
-SPAN_LIMIT = 8_192
-"""Spans of one trace, and as many of "compute": at most 10 MB of JSON."""
-
-MAX_COLD = 20
-"""Cold requests kept, and as many for named adapters; the oldest go first."""
-
-MAX_COLD_SPANS = 65_536
-"""Spans of each of these two lists, about 600 bytes each with their JSON: at most 40 MB."""
-
-REST_FACTOR = 3
-"""Pause after encoding a trace, in multiples of its time: it competes with computing tokens."""
+MAX_RECORDINGS = 2  # at a time; further requests are not recorded; the last is for named adapters
+SPAN_LIMIT = 8_192  # spans of one trace, and as many of "compute": at most 10 MB of JSON
+MAX_COLD = 20  # cold requests kept, and as many for named adapters; the oldest go first
+MAX_COLD_SPANS = 65_536  # of each of these two lists, 600 bytes each with their JSON: at most 40 MB
+REST_FACTOR = 3  # the pause after encoding a trace, which competes with tokens, by its duration
 
 Names = tuple[tuple[str, AdapterId], ...]
 
 
 class ColdRequests:
-    """Record cold requests while they wait for their first token.
+    """Record cold requests until their first token.
 
-    Keep the last ones that ended, which the operator may see, and the last ones whose adapters had
-    names of the operator's, which all may.
+    Keep the last ones, for the operator, and the last ones of named adapters, for all viewers.
     """
 
     def __init__(self, loader: AdapterLoader, names: ModelNames) -> None:
-        self._loader = loader
-        self._names = names
-        self._recorded: set[Ref] = set()
-        self._count = 0
-        self._ended: deque[ColdRequest] = deque()
-        self._named: deque[ColdRequest] = deque()
-        self._encoding = asyncio.Lock()
-        self._resting_until = 0.0
+        self._loader, self._names = loader, names
+        self._recorded, self._count = set[Ref](), 0
+        self._ended, self._named = deque[ColdRequest](), deque[ColdRequest]()
+        self._encoding, self._resting_until = asyncio.Lock(), 0.0
 
     def record(self, adapter: AdapterId | None) -> ColdRequest | None:
         """Begin to record a request for an adapter that is not on the device."""
@@ -86,9 +69,8 @@ class ColdRequests:
             return
         with suppress(LoaderClosedError):  # links and revisions lead to another name
             story = self._loader.placement().story(request.adapter)
-            request.names += tuple(name_of(event.key) for event in story[-1:])
-        self._count += 1
-        request.number = self._count
+            request.names += [name_of(event.key) for event in story[-1:]]
+        self._count = request.number = self._count + 1
         for kept in (self._ended, self._named) if is_named else (self._ended,):
             kept.append(request)
             while len(kept) > MAX_COLD or sum(each.spans for each in kept) > MAX_COLD_SPANS:
@@ -96,11 +78,8 @@ class ColdRequests:
 
     def visible(self, *, operator: bool) -> list[ColdRequest]:
         """Return the requests that the viewer may see, the last one first."""
-        if operator:
-            return [*reversed(self._ended)]
-        # A name may have been taken back.
-        named = reversed(self._named)
-        return [each for each in named if self._names.name_of(each.adapter) is not None]
+        kept = reversed(self._ended if operator else self._named)  # names may be taken back
+        return [each for each in kept if operator or self._names.name_of(each.adapter) is not None]
 
     async def encoded(self, number: int | None = None, *, operator: bool) -> bytes | None:
         """Return a trace in Chrome's format, of the last request without `number`; None without it.
@@ -109,8 +88,7 @@ class ColdRequests:
         """
         while True:  # names and requests change meanwhile
             visible = self.visible(operator=operator)
-            chosen = (each for each in visible if number is None or each.number == number)
-            request = next(chosen, None)
+            request = next((each for each in visible if number in {None, each.number}), None)
             if request is None:
                 return None
             number = request.number
@@ -123,8 +101,8 @@ class ColdRequests:
                     await asyncio.sleep(max(0.0, self._resting_until - time.monotonic()))
                     began = time.monotonic()
                     await asyncio.to_thread(request.encode, names)
-                    ended = time.monotonic()
-                    self._resting_until = ended + REST_FACTOR * (ended - began)
+                    took = time.monotonic() - began
+                    self._resting_until = began + (1 + REST_FACTOR) * took
 
 
 class ColdRequest:
@@ -133,20 +111,16 @@ class ColdRequest:
     def __init__(
         self, loader: AdapterLoader, adapter: AdapterId, on_end: Callable[[ColdRequest], None]
     ) -> None:
-        self.adapter = adapter
-        self.names: tuple[str, ...] = (name_of(as_ref(adapter)),)
+        self.adapter, self._on_end = adapter, on_end
+        self.names = [name_of(as_ref(adapter))]
         """The trace's names for the adapter: as requested, and as resolved."""
-        self.number = 0
-        """Counts requests that have ended."""
-        self.outcome = ""
-        """"first token", or what ended it: an error's class, "cancelled", "no token"."""
+        self.number, self.outcome = 0, ""
+        """Counts those that have ended; "first token", or an error's class, "cancelled" …"""
         self.seconds = self.ended = 0.0
         """The time until then, and when that was by `time.time`."""
         self._encoded: dict[bool, tuple[Names | None, bytes]] = {}
         """By whether it is the operator's: the names in it, and the encoded trace."""
-        self._on_end = on_end
-        self._trace = loader.trace(limit=SPAN_LIMIT).start()
-        self._began = time.monotonic()
+        self._trace, self._began = loader.trace(limit=SPAN_LIMIT).start(), time.monotonic()
         self._span = loader.tracer.span("requests", None, "request", as_ref(adapter))
 
     def end(self, outcome: str) -> None:
@@ -174,69 +148,46 @@ class ColdRequest:
         Names that several of these adapters have become "another adapter", as all others do.
         """
         called = None if names is None else self._called(names)
-        content = zlib.compress(self._trace.encoded(called), level=1)
-        self._encoded[names is None] = names, content
+        self._encoded[names is None] = names, zlib.compress(self._trace.encoded(called), level=1)
 
     def _called(self, names: Names) -> dict[str, str]:
         """Return the viewer's names by those in the trace."""
-        mapping: dict[str, str] = {}
-        refs: dict[str, Ref] = {}
+        meanings: dict[str, dict[Ref, str]] = {}
         for name, adapter in names:
             ref = as_ref(adapter)
-            traced = {name_of(ref)}
+            meanings.setdefault(name_of(ref), {}).setdefault(ref, name)
             if isinstance(ref, AdapterRef):
-                with suppress(LoraxError):
-                    traced.add(name_of(parse_ref(ref)))  # without its revision
-            for traced_name in traced:
-                if refs.setdefault(traced_name, ref) == ref:
-                    mapping.setdefault(traced_name, name)
-                else:
-                    mapping[traced_name] = ANOTHER
+                with suppress(LoraxError):  # without its revision
+                    meanings.setdefault(name_of(parse_ref(ref)), {}).setdefault(ref, name)
         own = next(name for name, adapter in names if adapter == self.adapter)
-        return mapping | dict.fromkeys(self.names, own)
+        called = {
+            each: ANOTHER if len(of) > 1 else min(of.values()) for each, of in meanings.items()
+        }
+        return called | dict.fromkeys(self.names, own)
 
 
-# -- the page -------------------------------------------------------------------------------------
-
-MAX_ROWS = 200
-"""Rows of named adapters, and as many of others, the nearest."""
-
-MAX_PAGES = 64
-"""Open pages of clients, and as many of the operator, which clients cannot use up."""
-
+MAX_ROWS = 200  # of named adapters, and as many of others, the nearest
+MAX_PAGES = 64  # open pages of clients, and as many of the operator, which clients cannot use up
 ERROR_LENGTH = 300
-
-RATE_SECONDS = 10.0
-"""Tokens per second are a mean over this time."""
-
-TICK = 0.25
-"""Seconds between two checks for changes."""
-
-FRESH_SECONDS = 0.2
-"""All pages share a read for at least this long,"""
-
-FRESH_FACTOR = 20
-"""and for this multiple of its duration: reading thousands of adapters takes milliseconds."""
-
-SILENCE = 15.0
-"""Seconds without changes after which an empty event is sent: proxies end silent connections."""
-
-LAST_SECONDS = 1.0
-"""Seconds that a client may take to read the end of its stream."""
+RATE_SECONDS = 10.0  # tokens per second are a mean over this time
+TICK = 0.25  # seconds between two looks for changes,
+ACTIVE_SECONDS = RATE_SECONDS + 2.0  # until this long after the last sign of one
+FRESH_SECONDS = 0.2  # all pages share a read for at least this long,
+FRESH_FACTOR = 20  # and this multiple of its duration: reading thousands of adapters takes long
+SILENCE = 15.0  # seconds until an empty event is sent: proxies end silent connections
+LAST_SECONDS = 1.0  # that a client may take to read the end of its stream
 
 Row = dict[str, Any]
-Rows = Mapping[str, Row]
 
 
-def shared(read: Callable[P, T]) -> Callable[P, T]:
+def shared(read: Callable[..., T]) -> Callable[..., T]:
     """Return `read`, whose result all callers with the same arguments share while it is fresh."""
-    results: dict[Any, tuple[float, T]] = {}
+    results: dict[tuple[bool, ...], tuple[float, T]] = {}
 
-    def get(*args: P.args, **options: P.kwargs) -> T:
-        began, given = time.monotonic(), (args, *options.values())
+    def get(**options: bool) -> T:
+        began, given = time.monotonic(), (*options.values(),)
         if given not in results or began >= results[given][0]:
-            value = read(*args, **options)
-            now = time.monotonic()
+            value, now = read(**options), time.monotonic()
             results[given] = now + max(FRESH_SECONDS, FRESH_FACTOR * (now - began)), value
         return results[given][1]
 
@@ -244,33 +195,32 @@ def shared(read: Callable[P, T]) -> Callable[P, T]:
 
 
 class Dashboard:
-    """The page's rows and numbers, and the event streams of open pages. On one event loop.
-
-    Clients see adapters that have names; the operator sees all.
-    """
+    """The page's rows and numbers, and its event streams; clients see named adapters only."""
 
     def __init__(
         self, loader: AdapterLoader, names: ModelNames, cold: ColdRequests, metrics: ServerMetrics
     ) -> None:
-        self._loader = loader
-        self._names = names
-        self._cold = cold
-        self._metrics = metrics
-        self._tokens: deque[tuple[float, int]] = deque()
+        self._loader, self._names, self._cold, self._metrics = loader, names, cold, metrics
+        self._tokens = deque[tuple[float, int]]()
         """Totals of the last `RATE_SECONDS`, with their times."""
         self.numbers = shared(self._read_numbers)
         self.rows, self.cold = shared(self._read_rows), shared(self._read_cold)
         self._open: dict[EventStream, bool] = {}
         """Open streams; the values say whether a stream is the operator's."""
-        self._ending = False
+        self._ending, self._changed, self._active_until = False, asyncio.Event(), 0.0
+
+    def note_change(self, _: object = None) -> None:
+        """Look for changes, now and for some seconds: what is read is older than its events."""
+        self._active_until = time.monotonic() + ACTIVE_SECONDS
+        self._changed.set()
 
     def end(self) -> None:
         """End all streams at their next tick; disconnect clients that do not read the end."""
         if not self._ending:
             self._ending = True
-            asyncio.get_running_loop().call_later(
-                LAST_SECONDS, lambda: [stream.abort() for stream in self._open]
-            )
+            self.note_change()
+            loop = asyncio.get_running_loop()
+            loop.call_later(LAST_SECONDS, lambda: [stream.abort() for stream in self._open])
 
     @contextmanager
     def admit(self, stream: EventStream, *, operator: bool) -> Iterator[None]:
@@ -278,22 +228,28 @@ class Dashboard:
         if list(self._open.values()).count(operator) >= MAX_PAGES:
             raise CapacityError(f"{MAX_PAGES} pages are open, which is the limit; close one")
         self._open[stream] = operator
+        unsubscribe = self._loader.subscribe(self.note_change)
         try:
             yield
         finally:
+            unsubscribe()
             del self._open[stream]
 
     async def send(self, stream: EventStream, *, operator: bool) -> None:
         """Send all rows, then changes, until the client disconnects or the server ends."""
         await stream.begin()
-        page, silent = dict[str, Any](), 0.0
+        self.note_change()
+        page, silent_at = dict[str, Any](), time.monotonic() + SILENCE
         while not self._ending:
             changes = self._update(page, operator)
-            if changes or silent >= SILENCE:
+            if changes or time.monotonic() >= silent_at:
                 await stream.send_event(changes)
-                silent = 0.0
+                silent_at = time.monotonic() + SILENCE
+            if time.monotonic() >= self._active_until:  # a change would have moved it
+                self._changed.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), silent_at - time.monotonic())
             await asyncio.sleep(TICK)
-            silent += TICK
         await stream.end()
 
     def _update(self, page: dict[str, Any], operator: bool) -> dict[str, Any]:
@@ -305,13 +261,12 @@ class Dashboard:
             "cold": self.cold(operator=operator),
             "numbers": self.numbers(),
         }
-        changes = {name: it for name, it in now.items() if name not in page or it != page[name]}
-        before, rows = page.get("rows"), self.rows(operator=operator)
-        if before is not rows:
-            known = before or {}
+        changes = {name: it for name, it in now.items() if not page or it != page[name]}
+        rows, known = self.rows(operator=operator), page.get("rows", {})
+        if known is not rows:
             changed = {id: row for id, row in rows.items() if known.get(id) != row}
             gone = [id for id in known if id not in rows]
-            changes |= {"rows": changed} if changed or before is None else {}
+            changes |= {"rows": changed} if changed or not page else {}
             changes |= {"gone": gone} if gone else {}
         page |= now | {"rows": rows}
         return changes
@@ -319,21 +274,13 @@ class Dashboard:
     def _read_cold(self, *, operator: bool) -> Sequence[Row]:
         """Return the cold requests that the viewer may see, the last one first."""
         return [
-            {
-                "number": each.number,
-                "name": self._names.name_of(each.adapter) or each.names[0],
-                "outcome": each.outcome,
-                "seconds": each.seconds,
-                "ended": each.ended,
-            }
+            {name: getattr(each, name) for name in ("number", "outcome", "seconds", "ended")}
+            | {"name": self._names.name_of(each.adapter) or each.names[0]}
             for each in self._cold.visible(operator=operator)
         ]
 
-    def _read_rows(self, *, operator: bool) -> Rows:
-        """Return the rows by id.
-
-        Ids of named adapters are their names; others begin with a NUL, which no name has.
-        """
+    def _read_rows(self, *, operator: bool) -> Mapping[str, Row]:
+        """Return the rows by name; those without one by a text that begins with a NUL."""
         placement, rows, known = self._loader.placement(), dict[str, Row](), set[AdapterKey]()
         for name, adapter in tuple(self._names.adapters.items())[:MAX_ROWS]:
             known.update(event.key for event in placement.story(adapter)[-1:])
@@ -346,8 +293,8 @@ class Dashboard:
 
     def _read_numbers(self) -> Row:
         """Return numbers of the whole server, in which no adapter is named."""
-        now, total = time.monotonic(), self._metrics.token_count
-        self._tokens.append((now, total))
+        metrics, now = self._metrics, time.monotonic()
+        self._tokens.append((now, total := metrics.token_count))
         while now - self._tokens[0][0] > RATE_SECONDS:
             self._tokens.popleft()
         since, before = self._tokens[0]
@@ -357,8 +304,8 @@ class Dashboard:
             "slots": usage.slots,
             "memory": {name: budget for name, budget in memory.items() if budget.limit},
             "hits": (hits["device"], sum(hits.values())),
-            "running": self._metrics.running.total(),
-            "waiting": self._metrics.waiting.total(),
+            "running": metrics.running.total(),
+            "waiting": metrics.waiting.total(),
             "tokens_per_second": round((total - before) / max(now - since, TICK), 1),
         }
 
@@ -375,11 +322,6 @@ def _row(
     where = placement.find(adapter)
     if where is None:
         return row | {"tier": "source", "state": "", "layers": None, "bytes": 0, "leases": 0}
-    return row | {
-        "tier": where.tier,
-        "state": where.state,
-        "layers": where.layers,
-        "bytes": where.device_bytes or where.host_bytes or where.pinned_bytes,
-        "leases": where.leases,
-        "pinned": pinned and where.pins > 0,
-    }
+    row |= {member: getattr(where, member) for member in ("tier", "state", "layers", "leases")}
+    nbytes = where.device_bytes or where.host_bytes or where.pinned_bytes
+    return row | {"bytes": nbytes, "pinned": pinned and where.pins > 0}

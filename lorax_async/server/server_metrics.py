@@ -45,6 +45,8 @@ class ServerMetrics(Collector):
         self._placement = loader.placement
         self.waiting: Counter[str] = Counter()
         self.running: Counter[str] = Counter()
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when sequences, tokens, or what OpenAI's and the operator's calls say change."""
         registry = self._registry = CollectorRegistry()
         registry.register(self._loader)
         registry.register(self)
@@ -98,6 +100,8 @@ class ServerMetrics(Collector):
         """Count a request that was answered."""
         for folder in ("/v1/models", "/page"):
             path = folder if path.startswith(f"{folder}/") else path
+        if path.startswith("/v1/"):
+            self.on_change()
         self.requests.labels(path if path in CALLS else "other", str(status)).inc()
 
     def collect(self) -> Iterable[Metric]:
@@ -181,6 +185,7 @@ class ObservedTokens:
             raise
         metrics, before, self._since = self._metrics, self._since, time.monotonic()
         metrics.tokens.inc()
+        metrics.on_change()
         self.count += 1
         seconds = self._since - before
         if self.count > 1:
@@ -213,6 +218,7 @@ class ObservedTokens:
 
     def _move(self, state: Counter[str] | None) -> None:
         before, self._state = self._state, state
+        self._metrics.on_change()
         if before is not None:
             before[self._model] -= 1
             if not before[self._model]:

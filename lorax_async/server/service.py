@@ -69,6 +69,7 @@ class Service:
         self.metrics = ServerMetrics(loader, self.names)
         self.cold = ColdRequests(loader, self.names)
         self.dashboard = Dashboard(loader, self.names, self.cold, self.metrics)
+        self.metrics.on_change = self.dashboard.note_change
         self._on_use = on_use
 
     @property

@@ -1,13 +1,10 @@
 """The warm list: a file with the adapters on the device, for the next server."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging
 import os
-import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -21,8 +18,8 @@ from lorax_async.types import AdapterId, AdapterRef, as_ref
 
 _MAX_ADAPTERS = 1024  # the least recently used are forgotten
 _MAX_BYTES = 16 << 20
-
 _logger = logging.getLogger("lorax_async")
+Admit = Callable[[AdapterRef], AdapterRef | None]
 
 
 class WarmList:
@@ -33,29 +30,25 @@ class WarmList:
     as it is to be loaded, or None to omit it. Entering raises `ConfigError`, as `read_warm_list`.
     """
 
+    restored: Prefetch | None = None
+    """The prefetch of the adapters in the file; None if it listed none."""
+
     def __init__(
-        self,
-        path: Path,
-        loader: AdapterLoader,
-        *,
-        pause: float = 1.0,
-        admit: Callable[[AdapterRef], AdapterRef | None] = lambda ref: ref,
+        self, path: Path, loader: AdapterLoader, *, pause: float = 1.0, admit: Admit | None = None
     ) -> None:
         self._path, self._loader, self._pause, self._admit = path, loader, pause, admit
-        self._used: dict[AdapterRef, None] = {}
-        self._written = b""
+        self._used, self._written = dict[AdapterRef, None](), b""
         self._changed, self._ended = asyncio.Event(), asyncio.Event()
-        self.restored: Prefetch | None = None
-        """The prefetch of the adapters in the file; None if it listed none."""
 
     async def __aenter__(self) -> Self:
-        admitted = map(self._admit, await asyncio.to_thread(read_warm_list, self._path))
-        listed = list(dict.fromkeys(ref for ref in admitted if ref is not None))
+        refs = await asyncio.to_thread(read_warm_list, self._path)
+        admitted = refs if self._admit is None else map(self._admit, refs)
+        listed = list(dict.fromkeys(filter(None, admitted)))
         for ref in reversed(listed):
             self.record_use(ref)
-        self._restoring = frozenset(listed[: self._loader.config.max_slots])
+        self._restoring = listed[: self._loader.config.max_slots]
         if listed:
-            self.restored = self._loader.prefetch(listed[: self._loader.config.max_slots])
+            self.restored = self._loader.prefetch(self._restoring)
         self._unsubscribe = self._loader.subscribe(lambda _: self._changed.set())
         self._task = asyncio.create_task(self._run(), name="lorax warm list")
         return self
@@ -88,14 +81,12 @@ class WarmList:
         await self._write()
 
     async def _write(self) -> None:
-        rows = [
+        rows: list[dict[str, object]] = [
             {"path" if isinstance(ref.id, Path) else "id": ref.text, "source": ref.source}
-            | {"revision": ref.revision}
-            | ({"use_token": True} if ref.use_token else {})
+            | {"revision": ref.revision, "use_token": ref.use_token}
             for ref in self._list_adapters()
         ]
-        # json, unlike pydantic, keeps paths that are not UTF-8.
-        content = json.dumps({"adapters": rows}, indent=1).encode()
+        content = json.dumps({"adapters": rows}, indent=1).encode()  # pydantic takes UTF-8 only
         if content != self._written:
             try:
                 await _replace(self._path, content)
@@ -103,27 +94,25 @@ class WarmList:
             except OSError as error:
                 _logger.warning("the warm list %s could not be written: %s", self._path, error)
 
-    def _list_adapters(self) -> list[AdapterRef]:
-        """Return the adapters on the device or being restored, the last used first."""
-        restoring = set(self._restoring if self.restored and not self.restored.done else ())
-        placement, refs = self._loader.placement(), list[AdapterRef]()
-        on_device = {key for key, where in placement.adapters.items() if where.tier == "device"}
+    def _list_adapters(self) -> Iterator[AdapterRef]:
+        """Yield the adapters on the device or being restored, the last used first."""
+        placement = self._loader.placement()
+        wanted: set[object] = {
+            key for key, where in placement.adapters.items() if where.tier == "device"
+        }
+        if self.restored is not None and not self.restored.done:
+            wanted |= set(self._restoring)
         for ref in reversed(self._used):
-            if not restoring and not on_device:
+            if not wanted:
                 break  # do not look up all remembered names on the event loop
-            story = placement.story(ref)
-            key = story[-1].key if story else None
-            if ref in restoring or key in on_device:
-                refs.append(ref)
-            restoring.discard(ref)
-            on_device.discard(key)
-        return refs
+            if not wanted.isdisjoint(meanings := {ref, placement.key(ref)}):
+                yield ref
+            wanted -= meanings
 
 
 async def _replace(path: Path, content: bytes) -> None:
     """Replace the file atomically, once the content is on disk."""
-    place: dict[str, Any] = {"dir": path.parent, "prefix": f".{path.name}.", "delete": False}
-    async with aiofiles.tempfile.NamedTemporaryFile("wb", **place) as file:
+    async with aiofiles.tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         try:
             await file.write(content)
             await file.flush()
@@ -140,55 +129,24 @@ def read_warm_list(path: Path) -> list[AdapterRef]:
 
     Raise `ConfigError`, with the path, the reason and what to do.
     """
-    try:
-        with open(path, "rb", opener=_open) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError(f"the warm list {path} is not a regular file; name a file")
-            content = file.read(_MAX_BYTES + 1)
-        if len(content) > _MAX_BYTES:
-            raise ValueError(f"it has over {_MAX_BYTES:,} bytes")
-        return _parse_refs(content)
+    try:  # without O_NONBLOCK, opening a FIFO waits for a writer
+        with open(path, "rb", opener=lambda name, how: os.open(name, how | os.O_NONBLOCK)) as file:
+            match json.loads(file.read(_MAX_BYTES)):
+                case {"adapters": [*rows]}:
+                    return [_as_ref(**row) for row in rows]
+        raise ValueError("it has no list named adapters")
     except FileNotFoundError:
         if path.parent.is_dir():
             return []
-        raise ConfigError(
-            f"the warm list {path} cannot be created: create the folder {path.parent}"
-        ) from None
-    except IsADirectoryError:
-        raise ConfigError(f"the warm list {path} is a folder; name a file") from None
+        raise ConfigError(f"no folder for the warm list: create the folder {path.parent}") from None
     except OSError as error:
-        raise ConfigError(
-            f"the warm list {path} cannot be read ({error.strerror}); make it readable, or name"
-            " another file"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ConfigError(
-            f"{path} is not a warm list ({reason}); delete it, or name another file"
-        ) from error
+        text = f"the warm list {path} cannot be read ({error.strerror}); name a file that can be"
+        raise ConfigError(text) from error
+    except (TypeError, KeyError, ValueError, RecursionError, UsageError) as error:
+        text = f"{path} is not a warm list ({error}); delete it, or name another file"
+        raise ConfigError(text) from error
 
 
-def _open(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # or opening a FIFO waits for a writer
-
-
-def _parse_refs(content: bytes) -> list[AdapterRef]:
-    """Return the adapters of the file. Raise `ValueError`."""
-    try:
-        members = json.loads(content.decode())
-    except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is not JSON: {error}") from None
-    rows = members.get("adapters") if isinstance(members, dict) else None
-    if not isinstance(rows, list):
-        raise ValueError("it has no list named adapters")  # noqa: TRY004 - the file is wrong
-    refs = []
-    for number, row in enumerate(rows, 1):
-        try:
-            id = Path(row["path"]) if "path" in row else row["id"]
-            use_token = row.get("use_token", False)
-            refs.append(AdapterRef(id, row["source"], row["revision"], use_token=use_token))
-        except (TypeError, KeyError, ValueError, UsageError) as error:
-            raise ValueError(f"its adapter number {number} is invalid") from error
-    return refs
+def _as_ref(source: Any, revision: Any, use_token: Any = False, **name: Any) -> AdapterRef:
+    id = Path(name["path"]) if "path" in name else name["id"]
+    return AdapterRef(id, source, revision, use_token=use_token)

@@ -22,7 +22,9 @@ from tiny_loaders import ONE, fails, gated
 from tiny_loaders import loader as tiny_loader
 from tiny_sources import over, stocked
 
+from engines.conftest import watched
 from lorax_async.errors import AdapterFormatError, CapacityError
+from lorax_async.loader import AdapterLoader
 from lorax_async.server import app, monitoring
 from lorax_async.server.server_settings import ModelNames
 from lorax_async.tracing import Trace
@@ -275,6 +277,37 @@ def test_all_pages_share_a_look_which_takes_a_share_of_the_time(monkeypatch: Pat
     assert (counts, cold.visible.call_count) == ([1, 1, 1, 1, 2, 2, 2, 2], 8)
 
 
+async def test_an_idle_page_waits_for_events(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Of the loader, of sequences and of the operator's calls."""
+    for name, seconds in (("TICK", 0.01), ("ACTIVE_SECONDS", 0.3)):
+        monkeypatch.setattr(monitoring, name, seconds)
+    engine, folder = FakeEngine(), tiny.write(tmp_path / "one")
+    reads = watched(monkeypatch, AdapterLoader, "placement")
+    async with serving(engine, adapters={"one": folder}) as world, watching(world) as told:
+
+        async def idle() -> None:
+            before = -1
+            async with asyncio.timeout(10):
+                while before != len(reads):
+                    before = len(reads)
+                    await asyncio.sleep(0.5)
+
+        await idle()
+        (await world.service.loader.load(folder)).release()
+        await told.until(lambda: told.rows["one"]["tier"] == "device")
+        await idle()
+        task = asyncio.create_task(asked(world, "base"))
+        tokens = await engine.asked()
+        await told.until(lambda: told.numbers["waiting"])
+        await idle()
+        saying("aye")(tokens)
+        await task
+        await told.until(lambda: not told.numbers["waiting"])
+        await idle()
+        await world.admin("/v1/unload_lora_adapter", {"lora_name": "one"})
+        await told.until(lambda: not told.rows)
+
+
 async def test_a_stop_ends_the_stream_at_once() -> None:
     """A page that is open does not keep a server from ending, nor its answers from being drained."""
     async with serving(drain=30) as world, watching(world) as told:
@@ -510,6 +543,35 @@ async def test_a_trace_is_made_once_in_a_thread(tmp_path: Path, monkeypatch: Pat
     assert len(made) == 2
     assert made[1][1] - made[0][1] >= 0.4, "it rests three times as long as it took"
     assert threading.main_thread() not in dict(made)
+
+
+async def test_a_trace_does_not_wait_for_anothers_encoding(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    adapters = {name: tiny.write(tmp_path / name, n) for n, name in enumerate(("one", "two"))}
+    encoded, there, begun, free = Trace.encoded, tiny_loader(), list[Trace](), threading.Event()
+
+    def encode(self: Trace, *given: Any) -> Any:
+        begun.append(self)
+        assert free.wait(20)
+        return encoded(self, *given)
+
+    monkeypatch.setattr(monitoring, "REST_FACTOR", 0)
+    async with serving(FakeEngine(loading(there)), there, adapters=adapters) as world:
+        await asked(world, "one")
+        await asked(world, "two")
+        free.set()
+        first = await world.ask("GET", f"{TRACE}?number=1")
+        monkeypatch.setattr(Trace, "encoded", encode)
+        free.clear()
+        other = asyncio.create_task(world.service.cold.encoded(2, operator=False))
+        try:
+            await until(lambda: begun)
+            async with asyncio.timeout(5):
+                assert (await world.ask("GET", f"{TRACE}?number=1")).body == first.body
+        finally:
+            free.set()
+        assert b"request two" in (await other or b"")
 
 
 async def test_adapters_without_names_are_the_operators_to_see(tmp_path: Path) -> None:

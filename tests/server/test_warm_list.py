@@ -62,7 +62,7 @@ async def test_few_names_are_looked_up(tmp_path: Path, path: Path, monkeypatch: 
         for number in range(500):
             listed.record_use(f"another/{number}")
         listed.record_use("one")
-        looks = watched(monkeypatch, Placement, "story")
+        looks = watched(monkeypatch, Placement, "key")
         await until(lambda: named(path) == ["one"])
     assert {look.args[1] for look in looks} == {AdapterRef("one")}
 
