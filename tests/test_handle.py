@@ -16,7 +16,7 @@ from event_loops import until
 from gated_device import GatedDevice
 from safetensors.torch import load_file, save_file
 from tiny_loaders import fails, gated, loader
-from tiny_sources import WEIGHTS, over, simulated, state, stocked, where
+from tiny_sources import WEIGHTS, make_source, over, simulated, state, where
 
 from lorax_async import AdapterHandle, AdapterLoader, LoaderConfig, errors
 from lorax_async.events import Event, LayerReady, Resident
@@ -36,7 +36,7 @@ def weights_of(folder: Path) -> torch.Tensor:
 
 
 async def test_layers_come_one_by_one(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     weights = {n: t for n, t in tiny.tensors(0).items() if ".layers.1." not in n}
     save_file(weights, tmp_path / "a" / WEIGHTS)
     source.put("a", *tiny.files(tmp_path / "a"))
@@ -108,7 +108,7 @@ async def both_wait(handle: AdapterHandle) -> list[asyncio.Task[None]]:
 
 
 async def test_a_failure_reaches_all_who_wait(tmp_path: Path) -> None:
-    source, error = stocked(tmp_path, "a"), errors.FetchError("torn")
+    source, error = make_source(tmp_path, "a"), errors.FetchError("torn")
     error.__cause__ = cause = OSError("no such disk")
     source.hold("a")
     source.allow("a", 0)
@@ -152,7 +152,7 @@ async def test_a_release_ends_the_waits_of_others(tmp_path: Path) -> None:
 
 
 async def test_a_kernel_behind_copies_sees_their_bytes(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", rank=8)
+    source = make_source(tmp_path, "a", rank=8)
     seen: list[torch.Tensor] = []
     async with over(source, device="simulated") as there:
         device = simulated(there)
@@ -186,7 +186,7 @@ async def test_a_kernel_behind_copies_sees_their_bytes(tmp_path: Path) -> None:
 
 
 async def test_a_stream_awaits_all_before(tmp_path: Path, monkeypatch: Patch) -> None:
-    async with over(stocked(tmp_path, "a", rank=8), device="simulated") as there:
+    async with over(make_source(tmp_path, "a", rank=8), device="simulated") as there:
         device, waited = simulated(there), list[object]()
         monkeypatch.setattr(device, "wait_for", lambda ticket, _: waited.append(ticket))
         device.gate.clear()
@@ -201,7 +201,7 @@ async def test_a_stream_awaits_all_before(tmp_path: Path, monkeypatch: Patch) ->
 
 @pytest.mark.parametrize("release", ["inside", "after"])
 async def test_a_slot_is_kept_until_the_device_has_computed(tmp_path: Path, release: str) -> None:
-    source = stocked(tmp_path, "a", "b")
+    source = make_source(tmp_path, "a", "b")
     go, seen = threading.Event(), list[torch.Tensor]()
     async with over(source, device="simulated", max_slots=1) as there:
         device = simulated(there)
@@ -229,7 +229,7 @@ async def test_a_slot_is_kept_until_the_device_has_computed(tmp_path: Path, rele
 
 async def test_release_while_a_use_begins(tmp_path: Path, monkeypatch: Patch) -> None:
     """Else the slot would be given away while the use goes on."""
-    async with over(stocked(tmp_path, "a", "b"), max_slots=1) as there:
+    async with over(make_source(tmp_path, "a", "b"), max_slots=1) as there:
         handle, getpid = await there.load("a"), os.getpid
         ending = threading.Thread(target=handle.release)
 
@@ -249,7 +249,7 @@ async def test_release_while_a_use_begins(tmp_path: Path, monkeypatch: Patch) ->
 
 
 async def test_a_clone_is_a_lease_of_its_own(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path, "a"), max_slots=1) as there:
+    async with over(make_source(tmp_path, "a"), max_slots=1) as there:
         handle = await asyncio.create_task(there.load("a"), name="prefill")
         clone = handle.clone()
         assert (clone.id, clone.key, clone.slot) == ("a", handle.key, handle.slot)
@@ -299,7 +299,7 @@ async def test_a_released_handle_shows_nothing_and_none_can_be_copied(tmp_path: 
 
 
 async def test_the_loop_decides_on_ends(tmp_path: Path, monkeypatch: Patch) -> None:
-    source, deciding = stocked(tmp_path, "a"), list[int]()
+    source, deciding = make_source(tmp_path, "a"), list[int]()
     async with over(source) as there:
         handle, clear = await there.load("a"), there.device.clear_column
 
@@ -322,7 +322,7 @@ async def test_the_loop_decides_on_ends(tmp_path: Path, monkeypatch: Patch) -> N
 @pytest.mark.parametrize("how", ["forgotten", "released"])
 async def test_end_in_a_decision(tmp_path: Path, monkeypatch: Patch, how: str) -> None:
     """Garbage is collected anywhere, and a finalizer may release: while a slot is claimed, say."""
-    source, held, leases = stocked(tmp_path, "a", "b"), list[AdapterHandle](), list[int]()
+    source, held, leases = make_source(tmp_path, "a", "b"), list[AdapterHandle](), list[int]()
     async with over(source) as there:
         held.append(await there.load("a"))
         allocate = Arena.allocate
@@ -345,7 +345,7 @@ async def test_end_in_a_decision(tmp_path: Path, monkeypatch: Patch, how: str) -
 
 
 async def test_a_subscriber_unpins(tmp_path: Path, monkeypatch: Patch) -> None:
-    source, told = stocked(tmp_path, "a", "b", "c"), list[str]()
+    source, told = make_source(tmp_path, "a", "b", "c"), list[str]()
     async with over(source, max_slots=2) as there:
         await there.pin("a")
         clear = there.device.clear_column

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import ProxyTracerProvider, StatusCode, Tracer, get_tracer_provider
 from scheduler_world import warm
 from tiny_loaders import fails
-from tiny_sources import over, stocked
+from tiny_sources import make_source, over
 
 from lorax_async import AdapterLoader, errors
 from lorax_async.load_spans import LoadSpans
@@ -27,21 +27,21 @@ ALL = ["resolve", "fetch", "queue", "copy"]
 
 
 @pytest.fixture
-def kept() -> Kept:
+def exporter() -> Kept:
     return Kept()
 
 
 @pytest.fixture
-def tracer(kept: Kept) -> Iterator[Tracer]:
+def tracer(exporter: Kept) -> Iterator[Tracer]:
     provider = TracerProvider(shutdown_on_exit=False)
-    provider.add_span_processor(SimpleSpanProcessor(kept))
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
     yield provider.get_tracer("tests")
     provider.shutdown()
 
 
-def calls(kept: Kept) -> list[tuple[ReadableSpan, list[ReadableSpan]]]:
+def calls(exporter: Kept) -> list[tuple[ReadableSpan, list[ReadableSpan]]]:
     """Each call's span with its stages', in the order in which they began."""
-    spans = sorted(kept.get_finished_spans(), key=lambda span: span.start_time or 0)
+    spans = sorted(exporter.get_finished_spans(), key=lambda span: span.start_time or 0)
     names = ("lorax load", "lorax stream", "lorax pin")
     return [
         (call, [span for span in spans if span.parent and span.parent == call.context])
@@ -50,7 +50,7 @@ def calls(kept: Kept) -> list[tuple[ReadableSpan, list[ReadableSpan]]]:
     ]
 
 
-def told(span: ReadableSpan, name: str) -> object:
+def attribute(span: ReadableSpan, name: str) -> object:
     return (span.attributes or {})[f"lorax.{name}"]
 
 
@@ -58,20 +58,20 @@ def stages(spans: list[ReadableSpan]) -> list[str]:
     return [span.name.removeprefix("lorax ") for span in spans]
 
 
-async def test_a_call_and_its_stages(tmp_path: Path, kept: Kept, tracer: Tracer) -> None:
-    async with over(stocked(tmp_path, "a", "b"), max_slots=1) as there:
+async def test_a_call_and_its_stages(tmp_path: Path, exporter: Kept, tracer: Tracer) -> None:
+    async with over(make_source(tmp_path, "a", "b"), max_slots=1) as there:
         with LoadSpans(there, tracer):
             await warm(there, *"aaba")
         await warm(there, "b")
-    every = cold, again, other, back = calls(kept)
+    every = cold, again, other, back = calls(exporter)
     assert [call.name for call, _ in every] == ["lorax load"] * 4
     assert stages(cold[1]) == ALL
     assert stages(again[1]) == ["resolve"]
     assert stages(other[1]) == ALL
     assert stages(back[1])[-1] == "copy"
     assert "fetch" not in stages(back[1])
-    assert [told(call, "found") for call, _ in every] == ["source", "device", "source", "disk"]
-    assert [told(call, "adapter") for call, _ in (cold, other)] == ["a", "b"]
+    assert [attribute(call, "found") for call, _ in every] == ["source", "device", "source", "disk"]
+    assert [attribute(call, "adapter") for call, _ in (cold, other)] == ["a", "b"]
     for call, parts in every:
         assert call.status.status_code is StatusCode.UNSET
         ends = [(span.start_time or 0, span.end_time or 0) for span in parts]
@@ -81,8 +81,10 @@ async def test_a_call_and_its_stages(tmp_path: Path, kept: Kept, tracer: Tracer)
     assert [event.name for event in cold[0].events] == ["first layer ready"]
 
 
-async def test_a_call_is_part_of_what_makes_it(tmp_path: Path, kept: Kept, tracer: Tracer) -> None:
-    source = stocked(tmp_path, "a")
+async def test_a_call_is_part_of_what_makes_it(
+    tmp_path: Path, exporter: Kept, tracer: Tracer
+) -> None:
+    source = make_source(tmp_path, "a")
 
     async def request(there: AdapterLoader, name: str) -> None:
         with tracer.start_as_current_span(name):
@@ -95,29 +97,29 @@ async def test_a_call_is_part_of_what_makes_it(tmp_path: Path, kept: Kept, trace
             await until(lambda: there.placement().usage.waiting == 2)
             source.allow("a", 0, 1, 2, 3)
             await asyncio.gather(*both)
-    named = [span for span in kept.get_finished_spans() if span.name in ("one", "two")]
+    named = [span for span in exporter.get_finished_spans() if span.name in ("one", "two")]
     requests = {span.context.span_id: span.name for span in named if span.context}
-    (first, its), (second, others) = calls(kept)
+    (first, its), (second, others) = calls(exporter)
     parents = {requests[call.parent.span_id] for call in (first, second) if call.parent}
     assert parents == {"one", "two"}
     assert stages(its)[0] == stages(others)[0] == "resolve"
     assert stages(its)[-1] == stages(others)[-1] == "copy"
 
 
-async def test_errors_are_recorded(tmp_path: Path, kept: Kept, tracer: Tracer) -> None:
-    source = stocked(tmp_path, "a")
+async def test_errors_are_recorded(tmp_path: Path, exporter: Kept, tracer: Tracer) -> None:
+    source = make_source(tmp_path, "a")
     source.fail("open", errors.FetchError("the source is down"), id="a")
     async with over(source) as there:
         with LoadSpans(there, tracer):
             for name, error in (("missing", errors.AdapterNotFoundError), ("a", errors.FetchError)):
                 await fails(there.load(name), error)
-    (missing, its), (failed, parts) = calls(kept)
+    (missing, its), (failed, parts) = calls(exporter)
     assert (stages(its), stages(parts)) == (["resolve"], ["resolve", "fetch"])
     for call, last, kind in (
         (missing, its[-1], "AdapterNotFoundError"),
         (failed, parts[-1], "FetchError"),
     ):
-        assert told(call, "stage") == last.name.removeprefix("lorax ")
+        assert attribute(call, "stage") == last.name.removeprefix("lorax ")
         for span in (call, last):
             assert span.status.status_code is StatusCode.ERROR
             (event,) = [event for event in span.events if event.name == "exception"]
@@ -125,8 +127,10 @@ async def test_errors_are_recorded(tmp_path: Path, kept: Kept, tracer: Tracer) -
     assert parts[0].status.status_code is StatusCode.UNSET
 
 
-async def test_streams_pins_and_cancelled_calls(tmp_path: Path, kept: Kept, tracer: Tracer) -> None:
-    source = stocked(tmp_path, "a", "b")
+async def test_streams_pins_and_cancelled_calls(
+    tmp_path: Path, exporter: Kept, tracer: Tracer
+) -> None:
+    source = make_source(tmp_path, "a", "b")
     async with over(source) as there:
         with LoadSpans(there, tracer):
             source.hold("a")
@@ -140,7 +144,7 @@ async def test_streams_pins_and_cancelled_calls(tmp_path: Path, kept: Kept, trac
             await until(lambda: there.placement().usage.slots.used == 2)
             waiting.cancel()
             await asyncio.wait([waiting])
-    (stream, its), (pin, pins), (cancelled, parts) = calls(kept)
+    (stream, its), (pin, pins), (cancelled, parts) = calls(exporter)
     assert (stream.name, pin.name) == ("lorax stream", "lorax pin")
     assert stages(its) == ALL
     assert stages(pins) == ["resolve"]
@@ -150,26 +154,26 @@ async def test_streams_pins_and_cancelled_calls(tmp_path: Path, kept: Kept, trac
     assert all(span.end_time for span in parts)
 
 
-async def test_a_call_that_is_not_sampled_has_no_span(tmp_path: Path, kept: Kept) -> None:
+async def test_a_call_that_is_not_sampled_has_no_span(tmp_path: Path, exporter: Kept) -> None:
     provider = TracerProvider(sampler=ALWAYS_OFF, shutdown_on_exit=False)
-    provider.add_span_processor(SimpleSpanProcessor(kept))
-    async with over(stocked(tmp_path, "a")) as there:
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    async with over(make_source(tmp_path, "a")) as there:
         with LoadSpans(there, provider.get_tracer("tests")):
             await warm(there, "a")
-    assert kept.get_finished_spans() == ()
+    assert exporter.get_finished_spans() == ()
 
 
-async def test_one_watches_without_globals(tmp_path: Path, kept: Kept, tracer: Tracer) -> None:
-    async with over(stocked(tmp_path, "a")) as there:
+async def test_one_watches_without_globals(tmp_path: Path, exporter: Kept, tracer: Tracer) -> None:
+    async with over(make_source(tmp_path, "a")) as there:
         first = LoadSpans(there, tracer)
         first.close()
         first.close()
         with LoadSpans(there, tracer):
             first.close()
             await warm(there, "a")
-        assert len(calls(kept)) == 1
+        assert len(calls(exporter)) == 1
         await warm(there, "a")
-        assert len(calls(kept)) == 1
+        assert len(calls(exporter)) == 1
         reference = weakref.ref(first)
         del first
         gc.collect()
@@ -199,7 +203,7 @@ async def test_a_broken_tracer_hurts_no_load(
 ) -> None:
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(Broken(f"lorax {name}", at_end=at_end))
-    source = stocked(tmp_path, "a", "b")
+    source = make_source(tmp_path, "a", "b")
     source.fail("open", errors.FetchError("the source is down"), id="b")
     async with over(source, max_slots=1) as there:
         with LoadSpans(there, provider.get_tracer("tests")):

@@ -19,7 +19,7 @@ from adapter_files import file_of
 from cancellation_sweep import our_tasks
 from event_loops import until
 from tiny_loaders import ONE, fails, gated, loader
-from tiny_sources import Slowed, over, state, stocked, where
+from tiny_sources import Slowed, make_source, over, state, where
 
 from lorax_async import AdapterLoader, errors, events
 from lorax_async.events import BytesMoved, Event, LayerReady, Leaving, Resident, SlotGranted
@@ -172,7 +172,7 @@ async def test_a_deadline_names_the_stage_it_ran_out_in(tmp_path: Path) -> None:
 
 async def test_one_plan_per_loop_turn(tmp_path: Path, monkeypatch: Patch) -> None:
     names = tuple("abcdef")
-    source, turns, turn = stocked(tmp_path, *names), list[int](), count()
+    source, turns, turn = make_source(tmp_path, *names), list[int](), count()
     for rank, name in enumerate(names, start=2):
         source.put(name, *tiny.files(tiny.write(tmp_path / name, rank=rank)))
 
@@ -237,7 +237,7 @@ async def test_a_missing_adapter_is_named_by_its_path(tmp_path: Path, monkeypatc
 
 async def test_where_one_adapter_is_and_which_are_nearest(tmp_path: Path) -> None:
     names = ["org/disk", "org/host", "org/device"]
-    async with over(stocked(tmp_path, *names, holdable=True), host_bytes=1 << 20) as there:
+    async with over(make_source(tmp_path, *names, holdable=True), host_bytes=1 << 20) as there:
         assert there.placement().find("org/disk") is None
         async with await there.load("org/disk"):
             found = where(there, "org/disk")
@@ -321,7 +321,7 @@ async def test_subscribers_come_go_and_fail_without_disturbing_others(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, error: BaseException
 ) -> None:
     """A result of a cancelled future raises CancelledError, which is no Exception."""
-    source, heard, late = stocked(tmp_path, "a"), list[Event](), list[Event]()
+    source, heard, late = make_source(tmp_path, "a"), list[Event](), list[Event]()
 
     def fail(event: Event) -> None:
         assert event in there.placement().story(event.key)
@@ -347,7 +347,7 @@ async def test_subscribers_come_go_and_fail_without_disturbing_others(
 
 
 async def test_statistics_are_sums_and_a_snapshot(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b")
+    source = make_source(tmp_path, "a", "b")
     async with over(source, max_slots=1) as there:
         empty = there.statistics()
         for name in "aab":
@@ -370,11 +370,11 @@ REF = AdapterRef("one")
 
 
 def slow(tmp_path: Path) -> tuple[FakeSource, Slowed, AdapterLoader]:
-    source = stocked(tmp_path, "one", "two")
+    source = make_source(tmp_path, "one", "two")
     return source, Slowed(source, "resolve"), over(source)
 
 
-async def asked(loader: AdapterLoader, ref: Ref, times: int) -> list[asyncio.Task[Any]]:
+async def start_loads(loader: AdapterLoader, ref: Ref, times: int) -> list[asyncio.Task[Any]]:
     """Calls whose question is under way."""
     tasks = [asyncio.create_task(loader.load(ref)) for _ in range(times)]
     for _ in range(4):
@@ -397,7 +397,7 @@ async def test_another_scope_asks_for_itself(tmp_path: Path) -> None:
     others: list[Any] = [{"token": "a"}, {"token": "b"}, {"revision": "main"}, {"source": "s3"}]
     refs = [REF, AdapterRef(Path("one")), *(AdapterRef("one", **other) for other in others)]
     async with loader:
-        tasks = [task for ref in refs for task in await asked(loader, ref, 2)]
+        tasks = [task for ref in refs for task in await start_loads(loader, ref, 2)]
         assert set(our_tasks()) == {"lorax resolve one"}, "no name tells a token"
         resolving.may_go_on.set()
         await ends(tasks)
@@ -407,7 +407,7 @@ async def test_another_scope_asks_for_itself(tmp_path: Path) -> None:
 async def test_a_cancelled_caller_leaves_the_others_their_answer(tmp_path: Path) -> None:
     source, resolving, loader = slow(tmp_path)
     async with loader:
-        tasks = await asked(loader, REF, 3)
+        tasks = await start_loads(loader, REF, 3)
         tasks[0].cancel()
         await asyncio.wait(tasks[:1])
         assert (tasks[0].cancelled(), resolving.cancelled) == (True, 0)
@@ -418,7 +418,7 @@ async def test_a_cancelled_caller_leaves_the_others_their_answer(tmp_path: Path)
         await until(lambda: resolving.cancelled == 1)
         assert loader.placement().find(REF) is None
         await until(lambda: not our_tasks())
-        tasks = await asked(loader, REF, 3)
+        tasks = await start_loads(loader, REF, 3)
         tasks[0].cancel()
         await asyncio.wait(tasks[:1])
         resolving.may_go_on.set()
@@ -459,7 +459,7 @@ async def test_each_caller_has_an_error_of_its_own(tmp_path: Path) -> None:
     order.__cause__ = cause = OSError("403")
     async with loader:
         source.fail("resolve", order)
-        tasks = await asked(loader, REF, 3)
+        tasks = await start_loads(loader, REF, 3)
         resolving.may_go_on.set()
         found = await ends(tasks)
         assert len(set(map(id, found))) == 3
@@ -479,7 +479,7 @@ async def test_the_last_answer_is_known(tmp_path: Path, monkeypatch: Patch) -> N
     source, resolving, loader = slow(tmp_path)
     resolving.may_go_on.set()
     async with loader:
-        await ends(await asked(loader, REF, 1))
+        await ends(await start_loads(loader, REF, 1))
         assert state(loader, "one") == "resident"
         assert loader.placement().find(AdapterRef("one", token="theirs")) is None
         assert source.counts.resolves == 1
@@ -502,7 +502,7 @@ async def test_the_last_answer_is_known(tmp_path: Path, monkeypatch: Patch) -> N
 async def test_the_loader_closes_and_a_caller_is_cancelled(tmp_path: Path, steps: int) -> None:
     _, resolving, loader = slow(tmp_path)
     await loader.__aenter__()
-    first, *others = await asked(loader, REF, 3)
+    first, *others = await start_loads(loader, REF, 3)
     closing = asyncio.create_task(loader.close())
     for _ in range(steps):
         await asyncio.sleep(0)

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from scraping import Samples, loaded, of, registered, scraped
 from tensor_adapters import FILE, acquired, roomy
 from tiny_loaders import ONE, fails, loader
-from tiny_sources import over, stocked
+from tiny_sources import make_source, over
 
 from lorax_async import AdapterLoader, errors
 from lorax_async.errors import Stage
@@ -60,7 +60,7 @@ def assert_known(samples: Samples) -> None:
 
 
 async def test_a_known_sequence(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b", "c", "d")
+    source = make_source(tmp_path, "a", "b", "c", "d")
     async with watched(source, max_slots=2) as (there, registry):
         await loaded(there, "a", "a")
         acquired(there, "a").release()
@@ -88,7 +88,7 @@ async def test_a_known_sequence(tmp_path: Path) -> None:
 
 async def test_what_fails_for_one_caller_alone(tmp_path: Path) -> None:
     """A deadline is a caller's: the load goes on for others, and has not failed."""
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     source.put("large", *tiny.files(tiny.write(tmp_path / "large", rank=64)))
     async with watched(source, device_bytes=2 * ONE) as (there, registry):
         await fails(there.load("large"), errors.CapacityError)
@@ -108,7 +108,7 @@ async def test_what_fails_for_one_caller_alone(tmp_path: Path) -> None:
 
 
 async def test_a_call_that_joins_a_load_or_waits_for_an_unload_is_no_hit(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     async with watched(source) as (there, registry):
         source.hold("a")
         both = [asyncio.create_task(there.load("a")) for _ in range(2)]
@@ -132,7 +132,7 @@ async def test_a_call_that_joins_a_load_or_waits_for_an_unload_is_no_hit(tmp_pat
 
 
 async def test_hits_in_held_memory(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b", holdable=True)
+    source = make_source(tmp_path, "a", "b", holdable=True)
     nbytes = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
     async with watched(source, max_slots=1, host_bytes=nbytes) as (there, registry):
         await there.prefetch("a", tier="host")
@@ -184,7 +184,7 @@ def test_a_closed_loop_is_not_asked(kind: str, tmp_path: Path) -> None:
     """A scrape's thread lives longer than `asyncio.run`."""
 
     async def body() -> LoaderCollector:
-        async with over(stocked(tmp_path, "a")) as there:
+        async with over(make_source(tmp_path, "a")) as there:
             collector = LoaderCollector(there, timeout=600)
             await loaded(there, "a")
         return collector
@@ -197,13 +197,13 @@ def test_a_closed_loop_is_not_asked(kind: str, tmp_path: Path) -> None:
 
 async def test_a_scrape_in_a_thread_wakes_the_loop_and_asks_it(tmp_path: Path) -> None:
     asyncio.get_running_loop().set_debug(True)  # it raises for calls of other threads
-    async with watched(stocked(tmp_path, "a")) as (there, registry):
+    async with watched(make_source(tmp_path, "a")) as (there, registry):
         await loaded(there, "a")
         assert (await asyncio.to_thread(scraped, registry))["lorax_loads_total"] == 1
 
 
 async def test_a_loop_that_does_not_answer(tmp_path: Path, monkeypatch: Patch) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     found: list[Samples] = []
     async with over(source) as there:
         with LoaderCollector(there, timeout=0.001) as collector:
@@ -223,7 +223,7 @@ async def test_a_loop_that_does_not_answer(tmp_path: Path, monkeypatch: Patch) -
 
 
 async def test_a_scrape_that_fails(tmp_path: Path, monkeypatch: Patch) -> None:
-    async with watched(stocked(tmp_path)) as (there, registry):
+    async with watched(make_source(tmp_path)) as (there, registry):
         for kind in (ZeroDivisionError, RuntimeError, TimeoutError):
             failing = Mock(side_effect=kind("a fault of ours"))
             monkeypatch.setattr(there, "statistics", failing)

@@ -14,7 +14,7 @@ from chrome_format import of, require_trace, stop
 from event_loops import until
 from peft_adapters import PEFT_WARNING, llama, logits_of, prompt, save, serving
 from tiny_loaders import fails, gated, loader
-from tiny_sources import over, stocked
+from tiny_sources import make_source, over
 
 from lorax_async import errors
 from lorax_async.cli.load import record_trace
@@ -160,7 +160,7 @@ async def test_other_engines_report_their_layers(folders: list[Path]) -> None:
 
 
 async def test_a_slot_leaves_also_after_its_last_layer(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "held")
+    source = make_source(tmp_path, "held")
     source.hold("held")
     async with over(source) as there:
         with there.trace() as trace:
@@ -175,7 +175,7 @@ async def test_a_slot_leaves_also_after_its_last_layer(tmp_path: Path) -> None:
 
 
 async def test_a_load_that_fails_or_is_cancelled_has_its_ends(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "broken", "closed", "torn", "held")
+    source = make_source(tmp_path, "broken", "closed", "torn", "held")
     source.fail("fetch_groups", errors.FetchError("the line is down"), id="broken", at=1)
     source.fail("open", errors.FetchError("the source is down"), id="closed")
     source.fail("read", errors.FetchError("the file is torn"), id="torn", at=5_000)
@@ -290,7 +290,7 @@ async def test_no_token_and_no_path_is_in_it(tmp_path: Path) -> None:
 
 
 async def test_only_what_is_shown_has_its_name(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path, "org/mine", "org/theirs", "org/1")) as loader:
+    async with over(make_source(tmp_path, "org/mine", "org/theirs", "org/1")) as loader:
         with loader.trace() as trace:
             for name in ("org/mine", "org/theirs", "org/1"):
                 await loader.prefetch([name], tier="disk")

@@ -210,13 +210,12 @@ class GroupTransfer:
         if group.converts or group.zeros:
             scratch = self.staging.take(1) if group.converts else []
             self._convert(copy, group, self.device.host_view(copy.extent), scratch, pending)
+        if self.check_finite and not copy.known_finite:
+            content = self.device.host_view(copy.extent)
+            self._require_finite(content, StagingWindow.whole(group), copy)
         ticket = self.device.copy(None, group.rows, copy.extent, copy.slot)
         pending.parts.append(ticket)
         pending.tickets.append(ticket)
-        if self.check_finite and not copy.known_finite:
-            ticket.result()
-            content = self.device.host_view(copy.extent)
-            self._require_finite(content, StagingWindow.whole(group), copy)
 
     def _send_group(self, copy: GroupCopy, pending: SubmittedCopies) -> None:
         """Send the group from its image, or through the ring.

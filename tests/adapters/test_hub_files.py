@@ -54,7 +54,7 @@ def hub(hub_client: Path, monkeypatch: Patch) -> Iterator[HubStandIn]:
         huggingface_hub.close_session()
 
 
-def asked(hub: HubStandIn) -> set[tuple[str, str]]:
+def requested(hub: HubStandIn) -> set[tuple[str, str]]:
     there = [each for each in hub.asked if not hub.is_at_store(each)]
     return {(each.method, each.target.split("/")[-1]) for each in there}
 
@@ -62,7 +62,7 @@ def asked(hub: HubStandIn) -> set[tuple[str, str]]:
 def test_files_come_once(hub: HubStandIn, tmp_path: Path, capfd: Any, monkeypatch: Patch) -> None:
     commit = hub.put(SQL, contents(adapter(tmp_path)) | {"README.md": b"long"})
     assert LoraConfig.load(SQL).r == 8
-    assert asked(hub) == {("HEAD", CONFIG), ("GET", CONFIG)}
+    assert requested(hub) == {("HEAD", CONFIG), ("GET", CONFIG)}
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
     with pytest.raises(errors.FetchError, match="set to be offline") as caught:
@@ -72,7 +72,7 @@ def test_files_come_once(hub: HubStandIn, tmp_path: Path, capfd: Any, monkeypatc
     huggingface_hub.close_session()
     with WeightsFile.open(SQL) as file:
         assert file.read(A).equal(base.tensors()[A])
-    assert {name for _, name in asked(hub)} == {CONFIG, WEIGHTS}
+    assert {name for _, name in requested(hub)} == {CONFIG, WEIGHTS}
     found = hf_hub_download(SQL, WEIGHTS, local_files_only=True)
     assert Path(found).parent.name == commit
     hub.asked.clear()
@@ -169,7 +169,7 @@ def test_a_file_over_the_limit_is_not_fetched(hub: HubStandIn, hub_client: Path)
     hub.put(SQL, {CONFIG: b" " * (256 * 1024 + 1)})
     with pytest.raises(errors.AdapterFormatError, match="262,145 bytes, over the 262,144 allowed"):
         LoraConfig.load(SQL)
-    assert asked(hub) == {("HEAD", CONFIG)}
+    assert requested(hub) == {("HEAD", CONFIG)}
     assert not list(hub_client.rglob("blobs/*"))
 
 

@@ -218,7 +218,7 @@ class TestContents:
         assert read_back(world.cache) == CONTENT
 
 
-def there(world: DiskWorld, upto: int) -> list[int]:
+def present(world: DiskWorld, upto: int) -> list[int]:
     return [number for number in range(upto) if world.entry(key(number)).exists()]
 
 
@@ -236,9 +236,9 @@ class TestRoom:
             )
         assert is_there(other, key(0))
         keep(other, key(3), bytes(1_000))
-        assert there(two[0], 4) == [0, 2, 3]
+        assert present(two[0], 4) == [0, 2, 3]
         keep(one, key(4), bytes(2 * SIZE - len(CONFIG)))
-        assert there(two[1], 5) == [3, 4]
+        assert present(two[1], 5) == [3, 4]
         assert one.budget.used() == other.budget.used() == 3 * SIZE
         assert removed(one, key(4))
         assert other.budget.used() == SIZE
@@ -250,7 +250,7 @@ class TestRoom:
                 keep(world.cache, key(number), bytes(nbytes))
             assert is_there(world.cache, key(0))
             keep(world.cache, key(3), bytes(1_000))
-            assert there(world, 4) == [0, 2, 3]
+            assert present(world, 4) == [0, 2, 3]
 
     def test_is_reserved_by_one_only(self, tmp_path: Path, monkeypatch: Patch) -> None:
         """The second one looks at the folder when the first one's bytes are there."""
@@ -444,7 +444,7 @@ class TestDamage:
             list(threads.map(lambda n: keep(world.cache, key(n), b"%d" % n), of))
             contents = list(threads.map(lambda n: read_back(world.cache, key(n)), of))
         assert contents == [b"%d" % n for n in of]
-        assert there(world, 10) == list(of)
+        assert present(world, 10) == list(of)
         if moved:
             assert read(opened_before, 0, 3) == b"abc"
         for gone in (unopened,) if moved else (unopened, opened_before):
@@ -839,7 +839,7 @@ def test_nothing_is_evicted_in_vain(two: Two) -> None:
             download.file(WEIGHTS_FILE, 2 * SIZE + 1)
         assert cache.budget.used() == 2 * SIZE + 1_000
     keep(other.cache, key(3), bytes(1_000))
-    assert there(one, 4) == [0, 2, 3]
+    assert present(one, 4) == [0, 2, 3]
     held.close()
 
 
@@ -852,7 +852,7 @@ def test_what_one_holds_the_other_does_not_evict(two: Two) -> None:
     assert reopened is not None
     held.append(reopened)
     keep(other.cache, key(3), bytes(1_000))
-    assert there(one, 4) == [0, 1, 3]
+    assert present(one, 4) == [0, 1, 3]
     for nbytes, words in ((2 * SIZE, "in use"), (3 * SIZE + 1, "budget")):
         download = begun(other.cache, key(4))
         with pytest.raises(CapacityError, match=words) as raised:
@@ -885,7 +885,7 @@ def test_what_one_downloads_the_other_does_not_drop(two: Two) -> None:
     assert one.cache.budget.used() == 3 * SIZE
     late.close()
     download.publish().close()
-    assert there(one, 3) == [0]
+    assert present(one, 3) == [0]
 
 
 def at_first_lock(act: Any) -> Calls:

@@ -268,14 +268,14 @@ class Told(torch.Tensor):
     """As torchao's: it says that it is floating-point."""
 
 
-def told(linear: nn.Linear) -> nn.Module:
+def subclass_weight(linear: nn.Linear) -> nn.Module:
     weight = linear.weight.detach().as_subclass(Told)
     del linear.weight
     linear.weight = weight
     return linear
 
 
-@pytest.mark.parametrize("pack", [Packed, told])
+@pytest.mark.parametrize("pack", [Packed, subclass_weight])
 async def test_dora_on_packed_weights_is_refused_and_lora_is_not(pack: Any, tmp_path: Path) -> None:
     model = llama()
     dora, plain = save(model, DORA, tmp_path / "dora"), save(model, PLAIN, tmp_path / "plain")

@@ -199,12 +199,12 @@ METADATA = "169.254.169.254"
 
 @pytest.fixture
 def world(tmp_path: Path, settings: dict[str, Any]) -> Iterator[RemoteWorld]:
-    with stocked(tmp_path, **settings) as world:
+    with make_world(tmp_path, **settings) as world:
         yield world
 
 
 @contextmanager
-def stocked(folder: Path, **settings: Any) -> Iterator[RemoteWorld]:
+def make_world(folder: Path, **settings: Any) -> Iterator[RemoteWorld]:
     """It has "bad" and "good"."""
     with RemoteWorld(folder, **settings) as world:
         world.stock("bad")
@@ -298,7 +298,7 @@ HURRIED = Timeouts(read=1.5, slowest=1_000, over=1.2, idle=5.0)
 async def test_a_lasting_fault_is_one_typed_error(tmp_path: Path, name: str) -> None:
     case = CASES[name]
     http = engine(timeouts=HURRIED, retries=RetryPolicy(attempts=2)) if case.hurried else None
-    with stocked(tmp_path, verify=case.verify, http=http) as world:
+    with make_world(tmp_path, verify=case.verify, http=http) as world:
         world.locator.promises = case.promises
         world.faults["bad"] = case.fault
         error = await fails(world)
@@ -434,7 +434,7 @@ async def test_nobody_is_led_to_a_private_address(tmp_path: Path, part: str) -> 
     """Only the world's server can be connected to."""
     network = PretendNetwork(names={host: [host] for host in ("127.0.0.1", METADATA)})
     http = engine(network=network)
-    with stocked(tmp_path, http=http) as world:
+    with make_world(tmp_path, http=http) as world:
         network.ports["127.0.0.1"] = world.server.port
         away = status("302 Found", f"Location: http://{METADATA}/latest/meta-data")
         world.faults["bad"] = at(part, away)
@@ -515,7 +515,7 @@ async def test_an_unpromised_digest_is_marked_as_such(tmp_path: Path, verify: Ch
         await assert_at_rest(loader, world)
         await right_beside(loader, world, "bad")
 
-    with stocked(tmp_path, verify=verify) as world:
+    with make_world(tmp_path, verify=verify) as world:
         world.locator.promises = False
         own = hashlib.sha256(world.locator.there["bad"].weights).hexdigest()
         async with over(world) as loader:

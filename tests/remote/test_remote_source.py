@@ -14,7 +14,7 @@ import remote_world
 from disk_cache_world import begun
 from event_loops import until
 from fault_server import Asked, Client, answer
-from remote_world import RemoteWorld, brought, opened
+from remote_world import RemoteWorld, fetch_file, opened
 from source_conformance import PopulateConformance, SourceConformance, held, mapped
 from source_inputs import CONFIG, weights
 from tiny_loaders import fails
@@ -57,7 +57,7 @@ class TestCached(PopulateConformance):
 @pytest.mark.parametrize("late", [0.0, 0.003])
 async def test_opening_an_entry_is_cancelled_at_any_await(world: RemoteWorld, late: float) -> None:
     world.put("one", CONFIG, weights(1))
-    (await brought(world)).reader.close()
+    (await fetch_file(world)).reader.close()
     await SourceConformance().test_cancelled_at_any_await(world, "open", late)
     assert not any(in_use(world))
 
@@ -129,7 +129,7 @@ async def test_jobs_end_with_whoever_follows_them() -> None:
 
 async def test_an_entry_stays_for_as_long_as_it_is_read(world: RemoteWorld) -> None:
     world.stock()
-    file = await brought(world)
+    file = await fetch_file(world)
     assert in_use(world) == [True]
     file.reader.close()
     assert in_use(world) == [False]
@@ -346,7 +346,7 @@ async def test_a_question_to_the_source_ends_with_the_demand(
     world.locator.promises = False  # so it is asked, and nothing is hashed
     key, control = await world.source.resolve(world.ref("one")), FetchControl()
     if refused:
-        (await brought(world)).reader.close()
+        (await fetch_file(world)).reader.close()
         file = await opened(world, control=control)
     world.later = 10_000.0  # the answer is too old: signed URLs expire
     world.locator.silent = True
@@ -376,7 +376,7 @@ async def test_an_answer_that_cannot_be_noted(
 
     world.stock()
     monkeypatch.setattr(world.cache, "note_version", fail)
-    (await brought(world)).reader.close()
+    (await fetch_file(world)).reader.close()
 
 
 def test_what_was_gone_once_stays_gone() -> None:

@@ -20,7 +20,7 @@ from store_servers import (
     Azurite,
     GoogleStandIn,
     Store,
-    brought,
+    download_file,
     located,
     locator,
     set_environment,
@@ -66,7 +66,7 @@ def test_an_adapter_comes_by_ranges_of_signed_urls_which_nothing_tells(store: St
     store.put_adapter()
     found = located(store.id)
     assert [file.name for file in found.files] == ["adapter_config.json", WEIGHTS]
-    assert [brought(file) for file in found.files] == [CONFIG, DATA]
+    assert [download_file(file) for file in found.files] == [CONFIG, DATA]
     assert [file.nbytes for file in found.files] == [len(CONFIG), len(DATA)]
     assert found.source == store.id
     assert found.version.startswith("versions-" if store.kind == "gs" else "etags-")
@@ -99,7 +99,7 @@ def test_every_replaced_file_is_another_version(store: Store) -> None:
     store.put_adapter(weights=DATA[::-1], config=CONFIG + b" ")
     third = located(store.id)
     assert len({first.version, second.version, third.version}) == 3
-    assert brought(third.files[1]) == DATA[::-1]
+    assert download_file(third.files[1]) == DATA[::-1]
     for revision in (*known, "main"):
         with pytest.raises(AdapterNotFoundError, match="only that can be fetched") as caught:
             located(store.id, revision)
@@ -119,7 +119,7 @@ def test_a_bucket_that_keeps_versions(store: Store) -> None:
     assert located(store.id, ids[2]).version == found[2].version
     with pytest.raises(AdapterNotFoundError, match="no longer"):
         located(store.id, ids[0])
-    assert brought(found[2].files[1]) == DATA
+    assert download_file(found[2].files[1]) == DATA
 
 
 @on(S3, AZURE)
@@ -191,7 +191,7 @@ def test_a_public_bucket_without_credentials(store: Store, monkeypatch: Patch) -
         monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
     found = located(store.id)
     assert "?" not in found.files[1].target.url.text
-    assert brought(found.files[1]) == DATA
+    assert download_file(found.files[1]) == DATA
     assert (found.version, found.scope) == (signed.version, "")
 
 
@@ -214,7 +214,7 @@ def test_azures_shared_access_signature(store: Store, monkeypatch: Patch) -> Non
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_KEY")
     monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", f"?{token}")
     found = located(store.id)
-    assert brought(found.files[1]) == DATA
+    assert download_file(found.files[1]) == DATA
     assert (found.version, found.scope) == (signed.version, signed.scope)
     signature = parse_qs(token)["sig"][0]
     assert signature not in repr(found)

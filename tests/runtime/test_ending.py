@@ -22,7 +22,7 @@ from event_loops import until
 from false_bytes import watched
 from leaks import mapped_files, our_threads
 from tiny_loaders import fails, gated, loader
-from tiny_sources import Slowed, over, state, stocked
+from tiny_sources import Slowed, make_source, over, state
 
 from lorax_async import AdapterKey, SlotId, errors
 from lorax_async.concurrency import Inbox, ThreadPool
@@ -251,7 +251,7 @@ async def test_the_device_outlives_copies(tmp_path: Path, monkeypatch: Patch) ->
 @pytest.mark.parametrize("step", ["resolve", "digest", "populate", "open"])
 async def test_undo_is_awaited(tmp_path: Path, monkeypatch: Patch, step: str) -> None:
     """The undo of a fetch is awaited even if the close is cancelled."""
-    source = stocked(tmp_path, "a", holdable=True)
+    source = make_source(tmp_path, "a", holdable=True)
     monkeypatch.setattr(host_tier, "populate", host_tier.populate)  # restored at the end
     slowed = Slowed(host_tier if step == "populate" else source, step)
     there = over(source)
@@ -274,7 +274,7 @@ async def test_undo_is_awaited(tmp_path: Path, monkeypatch: Patch, step: str) ->
 
 @pytest.mark.parametrize("by", ["unload", "close"])
 async def test_unmap_is_awaited(tmp_path: Path, monkeypatch: Patch, by: str) -> None:
-    source, may_close = stocked(tmp_path, "a", holdable=True), threading.Event()
+    source, may_close = make_source(tmp_path, "a", holdable=True), threading.Event()
     close = MappedFile.close
 
     def slowly(pages: MappedFile) -> None:
@@ -397,7 +397,7 @@ async def test_a_group_that_arrives_as_its_fetch_fails(
 
 
 async def test_a_copy_that_is_wanted_no_longer_reads_its_file_to_the_end(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     source.hold("a")
     there, device = watched(source, max_slots=1, io_threads=2)
     async with there:

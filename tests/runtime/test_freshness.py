@@ -12,7 +12,7 @@ from event_loops import until
 from scheduler_world import MANY, finish, held, opened, rows, step, turns
 from tiny_loaders import fails
 from tiny_loaders import loader as tiny_loader
-from tiny_sources import over, stocked
+from tiny_sources import make_source, over
 
 from lorax_async import AdapterKey, AdapterRef, AdapterStore, Batch, Request, StoreConfig, Ticket
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
@@ -48,7 +48,7 @@ async def next_with(scheduler: Any, *tickets: Ticket) -> Batch:
 
 
 async def test_a_replaced_adapter_serves_only_requests_that_began_before(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     async with opened(source, ALWAYS, ready="a") as (loader, scheduler):
         before = scheduler.submit(Request("a", 1, ENDLESS))
         old = versions(await next_with(scheduler, before))[before]
@@ -65,7 +65,7 @@ async def test_a_replaced_adapter_serves_only_requests_that_began_before(tmp_pat
 
 
 async def test_requests_for_an_unchanged_adapter_share_its_rows_again(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     async with opened(source, ALWAYS) as (loader, scheduler):
         tickets = [scheduler.submit(Request("a", 1, ENDLESS))]
         await next_with(scheduler, *tickets)
@@ -82,7 +82,7 @@ async def test_requests_for_an_unchanged_adapter_share_its_rows_again(tmp_path: 
 async def test_requests_end_with_the_answer_that_their_source_gives_now(
     tmp_path: Path, error: Exception
 ) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     async with opened(source, ALWAYS) as (_, scheduler):
         before = scheduler.submit(Request("a", 1, 5))
         await next_with(scheduler, before)
@@ -99,7 +99,7 @@ async def test_requests_end_with_the_answer_that_their_source_gives_now(
 
 
 async def test_a_request_that_asks_leaves_no_trace_when_it_is_cancelled(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     async with opened(source, ALWAYS) as (_, scheduler):
         before = scheduler.submit(Request("a", 1, 3))
         await next_with(scheduler, before)
@@ -112,7 +112,7 @@ async def test_a_request_that_asks_leaves_no_trace_when_it_is_cancelled(tmp_path
 
 
 async def test_a_resident_adapter_does_not_queue_behind_loads(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b")
+    source = make_source(tmp_path, "a", "b")
     source.hold("b")
     async with opened(source, ALWAYS, ready="a", loads=1) as (loader, scheduler):
         stuck = scheduler.submit(Request("b", 1, 1))
@@ -125,7 +125,7 @@ async def test_a_resident_adapter_does_not_queue_behind_loads(tmp_path: Path) ->
 
 
 async def test_a_load_that_waited_for_its_slot_is_of_the_version_meant_last(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b")
+    source = make_source(tmp_path, "a", "b")
     async with opened(source, ALWAYS | {"max_slots": 1}) as (loader, scheduler):
         first = scheduler.submit(Request("b", 1, 2))
         await step(scheduler)
@@ -140,7 +140,7 @@ async def test_a_load_that_waited_for_its_slot_is_of_the_version_meant_last(tmp_
 
 
 async def test_a_request_that_lost_its_slot_goes_on_with_its_version(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     async with opened(source, ALWAYS) as (loader, scheduler):
         begun = scheduler.submit(Request("a", 1, 4))
         old = versions(await next_with(scheduler, begun))[begun]
@@ -154,7 +154,7 @@ async def test_a_request_that_lost_its_slot_goes_on_with_its_version(tmp_path: P
 
 
 async def test_a_version_that_is_gone_fails_only_requests_with_tokens_of_it(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     async with opened(source, {"revalidate_files": 1000}) as (loader, scheduler):
         begun = scheduler.submit(Request("a", 1, 4))
         old = versions(await next_with(scheduler, begun))[begun]
@@ -185,7 +185,7 @@ async def test_a_request_does_not_get_an_answer_that_was_asked_for_before_it_beg
     tmp_path: Path, ready: str
 ) -> None:
     """Whether its adapter is resident, or gets its slot while the source is slow to answer."""
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     async with opened(source, ALWAYS, ready=ready) as (loader, scheduler):
         before = scheduler.submit(Request("a", 1, 1))
         if not ready:
@@ -223,7 +223,7 @@ async def test_a_look_counts_for_the_seconds_set(tmp_path: Path) -> None:
 async def test_a_call_does_not_get_an_answer_that_was_asked_for_before_it_began(
     tmp_path: Path,
 ) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     async with over(source, revalidate_files=0) as loader:
         may_answer = answer_late(source)
         before = asyncio.create_task(loader.resolve("a"))
@@ -237,7 +237,7 @@ async def test_a_call_does_not_get_an_answer_that_was_asked_for_before_it_began(
 
 async def test_a_stale_answer_counts_for_callers_that_take_one(tmp_path: Path) -> None:
     """Also where they ask for the same adapter as others, whose source is down."""
-    source, since = stocked(tmp_path), monotonic()
+    source, since = make_source(tmp_path), monotonic()
 
     async def resolve(ref: AdapterRef) -> AdapterKey:
         if not ref.allow_stale:

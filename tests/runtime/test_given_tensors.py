@@ -11,9 +11,9 @@ import tiny
 import torch
 from cancellation_sweep import Bench, cancel_at, count_steps, local_bench, raising, released
 from event_loops import until
-from tensor_adapters import FILE, acquired, assert_means, give, kept, put, used
+from tensor_adapters import FILE, acquired, assert_means, give, held_bytes, put, used
 from tiny_loaders import ONE, fails, loader, on_device
-from tiny_sources import over, state, stocked, where
+from tiny_sources import make_source, over, state, where
 
 from lorax_async import AdapterHandle, AdapterRef, Limits, LoaderConfig, errors
 
@@ -24,7 +24,7 @@ OLD, NEW = tiny.tensors(1), tiny.tensors(2)
 
 async def test_every_call_finds_given_tensors_by_their_name(tmp_path: Path) -> None:
     given = tiny.tensors(5)
-    async with over(stocked(tmp_path)) as there:
+    async with over(make_source(tmp_path)) as there:
         first = await there.load_tensors("mine", given, tiny.config())
         calls = [there.load("mine"), there.load("mine", token="anybody's"), there.load(first.key)]
         for handle in (acquired(there), *[await call for call in calls]):
@@ -46,7 +46,9 @@ async def test_every_call_finds_given_tensors_by_their_name(tmp_path: Path) -> N
 @pytest.mark.parametrize(("device", "stored"), [("cpu", "bfloat16"), ("simulated", "float32")])
 async def test_evicted_tensors_come_back_the_same(tmp_path: Path, device: str, stored: str) -> None:
     given, config = tiny.tensors(5), tiny.config(use_rslora=True)
-    async with over(stocked(tmp_path, "a", "b"), max_slots=2, device=device, dtype=stored) as there:
+    async with over(
+        make_source(tmp_path, "a", "b"), max_slots=2, device=device, dtype=stored
+    ) as there:
         (await there.load_tensors("mine", given, config)).release()
         for tensor in given.values():
             tensor.fill_(7)  # the caller trains on
@@ -64,7 +66,7 @@ async def test_evicted_tensors_come_back_the_same(tmp_path: Path, device: str, s
 
 
 async def test_unloaded_tensors_are_gone_and_the_name_is_free(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "mine", "b")
+    source = make_source(tmp_path, "mine", "b")
     async with over(source) as there:
         (await there.load("mine")).release()
         async with await give(there, 5) as first:
@@ -88,7 +90,7 @@ async def test_unloaded_tensors_are_gone_and_the_name_is_free(tmp_path: Path) ->
 
 async def test_equal_content_is_one_adapter_until_its_last_name_goes(tmp_path: Path) -> None:
     given = tiny.tensors(5)
-    async with over(stocked(tmp_path)) as there:
+    async with over(make_source(tmp_path)) as there:
         names = [f"mine {n}" for n in range(6)] + ["mine 0"]
         calls = [there.load_tensors(name, dict(given), tiny.config()) for name in names]
         handles = await asyncio.gather(*calls)
@@ -237,7 +239,7 @@ class Call:
         filling = any(where.state == "filling" for where in found)
         in_memory = sum(where.host_bytes > 0 for where in found)
         as_before = in_memory == (self.verb == "replace")
-        return used(self.loader) == kept(self.loader) and as_before and not filling
+        return used(self.loader) == held_bytes(self.loader) and as_before and not filling
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from event_loops import until
 from leaks import mapped_files
 from page_cache import cached_pages, drop_pages, map_sizes, may_lock, pages
 from tiny_loaders import ONE, fails, loader
-from tiny_sources import WEIGHTS, Slowed, granted, is_at, over, simulated, state, stocked, where
+from tiny_sources import WEIGHTS, Slowed, granted, is_at, make_source, over, simulated, state, where
 
 from lorax_async import AdapterKey, AdapterLoader, AdapterRef, Event, LocalRoot, errors
 from lorax_async.concurrency import FetchControl
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("ids", ["one", ("one", "two")], ids=["one", "several"])
 @pytest.mark.parametrize("tier", ["disk", "host", "device"])
 async def test_each_tier(tmp_path: Path, tier: TierName, ids: str | tuple[str, ...]) -> None:
-    source = stocked(tmp_path, "one", "two", "three", holdable=True)
+    source = make_source(tmp_path, "one", "two", "three", holdable=True)
     wanted = (ids,) if isinstance(ids, str) else ids
     async with over(source) as there:
         await there.prefetch(ids, tier=tier)
@@ -60,7 +60,7 @@ async def test_a_prefetch_begins_without_being_awaited(tmp_path: Path) -> None:
 
 
 async def test_wrong_arguments_are_told_by_the_call(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     async with over(source) as there:
         wrong: list[tuple[Any, dict[str, Any], str]] = [
             ("a", {"tier": "gpu"}, "one of disk, host, device, not 'gpu'"),
@@ -82,7 +82,7 @@ async def test_wrong_arguments_are_told_by_the_call(tmp_path: Path) -> None:
 
 async def test_every_load_goes_before_a_prefetch(tmp_path: Path) -> None:
     names = ("held", "hint", "urgent hint", "late", "later")
-    async with over(stocked(tmp_path, *names), max_slots=1, starvation_age=60) as there:
+    async with over(make_source(tmp_path, *names), max_slots=1, starvation_age=60) as there:
         heard: list[Event] = []
         there.subscribe(heard.append)
         held = await there.load("held")
@@ -99,7 +99,7 @@ async def test_every_load_goes_before_a_prefetch(tmp_path: Path) -> None:
 
 
 async def test_nobody_waits_for_the_network_of_a_prefetch(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "slow", "here")
+    source = make_source(tmp_path, "slow", "here")
     async with over(source, max_slots=1, io_threads=1) as there:
         source.hold("slow")
         source.allow("slow", 0)
@@ -118,7 +118,7 @@ async def test_nobody_waits_for_the_network_of_a_prefetch(tmp_path: Path) -> Non
 
 
 async def test_its_errors_are_in_the_order_of_the_ids(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "good", "late")
+    source = make_source(tmp_path, "good", "late")
     async with over(source) as there:
         source.hold("late")
         source.fail("fetch_groups", errors.FetchError("the wire broke"), id="late", at=3)
@@ -136,7 +136,7 @@ async def test_its_errors_are_in_the_order_of_the_ids(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tier", ["disk", "host", "device"])
 async def test_a_failure_that_nobody_asks_for_is_quiet(tmp_path: Path, tier: TierName) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     heard: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, what: heard.append(what))
     async with over(source) as there:
@@ -150,7 +150,7 @@ async def test_a_failure_that_nobody_asks_for_is_quiet(tmp_path: Path, tier: Tie
 
 
 async def test_cancelling_a_prefetch_ends_nothing_of_others(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "shared", "alone", "arrived")
+    source = make_source(tmp_path, "shared", "alone", "arrived")
     async with over(source) as there:
         for name in ("shared", "alone"):
             source.hold(name)
@@ -174,7 +174,7 @@ async def test_cancelling_a_prefetch_ends_nothing_of_others(tmp_path: Path) -> N
 async def test_a_waiter_that_is_cancelled_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     async with over(source) as there:
         source.hold("a")
         for tier in ("disk", "host", "device"):
@@ -200,7 +200,7 @@ async def test_a_waiter_that_is_cancelled_ends_nothing(
 
 
 async def test_close_ends_a_prefetch_wherever_it_is(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "leased", "on the wire", "in the queue", "just begun")
+    source = make_source(tmp_path, "leased", "on the wire", "in the queue", "just begun")
     async with over(source, max_slots=1) as there:
         lease = await there.load("leased")
         source.hold("on the wire")
@@ -238,7 +238,7 @@ async def test_the_first_ones_that_fit_stay_on_the_device(
     tmp_path: Path, settings: dict[str, Any], asked: Iterable[str], kept: str
 ) -> None:
     """In the order in which they are opened. The others are named, and evict nothing."""
-    source = stocked(tmp_path, *"01234567", "pinned", "idle")
+    source = make_source(tmp_path, *"01234567", "pinned", "idle")
     for rank, name in ((16, "large"), (64, "huge")):
         source.put(name, *tiny.files(tiny.write(tmp_path / name, rank=rank)))
     async with over(source, **settings) as there:
@@ -259,7 +259,7 @@ async def test_the_first_ones_that_fit_stay_on_the_device(
 
 
 async def test_a_prefetch_waits_for_a_lease_rather_than_evict_its_own(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path, *"abc"), max_slots=2) as there:
+    async with over(make_source(tmp_path, *"abc"), max_slots=2) as there:
         leased = await there.load("c")
         hint = there.prefetch([*"ab"])
         await until(lambda: is_at(there, "a", "device") and state(there, "b") == "present")
@@ -274,7 +274,7 @@ async def test_a_prefetch_waits_for_a_lease_rather_than_evict_its_own(tmp_path: 
 async def test_the_first_ones_that_fit_stay_in_host_memory(
     tmp_path: Path, eviction: Eviction
 ) -> None:
-    source = stocked(tmp_path, *"abcd", holdable=True)
+    source = make_source(tmp_path, *"abcd", holdable=True)
     nbytes = (tmp_path / "a" / WEIGHTS).stat().st_size
     async with over(source, host_bytes=2 * nbytes, eviction=eviction) as there:
         await there.prefetch("d", tier="host")
@@ -290,7 +290,7 @@ async def test_the_first_ones_that_fit_stay_in_host_memory(
 
 
 async def test_a_slow_one_does_not_hold_up_those_after_it(tmp_path: Path) -> None:
-    source = stocked(tmp_path, *"abc")
+    source = make_source(tmp_path, *"abc")
     async with over(source, max_slots=2) as there:
         source.hold("a")
         hint = there.prefetch([*"abc"])
@@ -302,7 +302,7 @@ async def test_a_slow_one_does_not_hold_up_those_after_it(tmp_path: Path) -> Non
 
 
 async def test_two_openings_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = stocked(tmp_path, *NAMES, "urgent")
+    source = make_source(tmp_path, *NAMES, "urgent")
     opened, opening, at_once = list[str](), set[str](), list[int]()
     plain_open = source.open
 
@@ -334,7 +334,7 @@ async def test_two_openings_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 async def test_one_that_waits_for_its_turn_is_cancelled(tmp_path: Path) -> None:
-    source = stocked(tmp_path, *"abcd")
+    source = make_source(tmp_path, *"abcd")
     opening = Slowed(source, "open")
     async with over(source) as there:
         hints = [there.prefetch(name, tier="disk") for name in "abcd"]
@@ -347,7 +347,7 @@ async def test_one_that_waits_for_its_turn_is_cancelled(tmp_path: Path) -> None:
 
 
 async def test_many_are_cancelled_before_they_began(tmp_path: Path) -> None:
-    source = stocked(tmp_path, *NAMES)
+    source = make_source(tmp_path, *NAMES)
     async with over(source) as there:
         for turns in range(2):
             hints = there.prefetch(NAMES, tier="disk")
@@ -419,7 +419,7 @@ async def test_what_may_change_is_read_ahead_each_time(tmp_path: Path) -> None:
 
 
 async def test_the_coldest_makes_room_within_the_budget(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b", "c", holdable=True)
+    source = make_source(tmp_path, "a", "b", "c", holdable=True)
     nbytes = (tmp_path / "a" / WEIGHTS).stat().st_size
     async with over(source, host_bytes=2 * nbytes) as there:
         await there.prefetch("a", tier="host")
@@ -447,7 +447,7 @@ def populated(monkeypatch: pytest.MonkeyPatch) -> list[Reader]:
 async def test_what_is_larger_than_the_budget_is_refused(
     tmp_path: Path, populated: list[Reader]
 ) -> None:
-    source = stocked(tmp_path, "a", holdable=True)
+    source = make_source(tmp_path, "a", holdable=True)
     async with over(source, host_bytes=(tmp_path / "a" / WEIGHTS).stat().st_size - 1) as there:
         hint = there.prefetch("a", tier="host")
         error = await fails(hint, errors.CapacityError, "raise host_bytes")
@@ -460,7 +460,7 @@ async def test_what_is_larger_than_the_budget_is_refused(
 async def test_who_was_pushed_off_the_device_goes_on_in_host_memory(
     tmp_path: Path, populated: list[Reader]
 ) -> None:
-    source = stocked(tmp_path, "a", "b", "c", holdable=True)
+    source = make_source(tmp_path, "a", "b", "c", holdable=True)
     nbytes = (tmp_path / "a" / WEIGHTS).stat().st_size
     async with over(source, max_slots=1, host_bytes=nbytes) as there:
         for name in "ab":
@@ -484,7 +484,7 @@ async def read_for(loader: AdapterLoader, source: FakeSource, base: Path, name: 
 
 
 async def test_a_reload_reads_no_byte_of_the_file(tmp_path: Path, populated: list[Reader]) -> None:
-    source = stocked(tmp_path, "a", "b")
+    source = make_source(tmp_path, "a", "b")
     async with over(source, device="simulated", max_slots=1, pinned_bytes=1 << 20) as there:
         assert await read_for(there, source, tmp_path, "a") == ONE
         assert where(there, "a").pinned_bytes == PADDED
@@ -500,7 +500,7 @@ async def test_a_reload_reads_no_byte_of_the_file(tmp_path: Path, populated: lis
 
 
 async def test_the_budget_of_images_is_kept_and_the_coldest_goes(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b", "c")
+    source = make_source(tmp_path, "a", "b", "c")
     settings = {"device": "simulated", "max_slots": 1, "pinned_bytes": 2 * PADDED}
     async with over(source, **settings) as there:
         read = []
@@ -512,7 +512,7 @@ async def test_the_budget_of_images_is_kept_and_the_coldest_goes(tmp_path: Path)
 
 
 async def test_half_an_image_is_completed_from_the_file(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     async with over(source, device="simulated", pinned_bytes=1 << 20, io_threads=1) as there:
         simulated(there).failing = {2}
         await fails(there.load("a"), errors.TransferError)
@@ -526,7 +526,7 @@ async def test_half_an_image_is_completed_from_the_file(tmp_path: Path) -> None:
     ("device", "pinned_bytes"), [("cpu", 1 << 20), ("simulated", 0), ("simulated", PADDED - 64)]
 )
 async def test_no_image_without_room(tmp_path: Path, device: str, pinned_bytes: int) -> None:
-    source = stocked(tmp_path, "a", "b")
+    source = make_source(tmp_path, "a", "b")
     async with over(source, device=device, max_slots=1, pinned_bytes=pinned_bytes) as there:
         for name in "aba":
             assert await read_for(there, source, tmp_path, name) == ONE

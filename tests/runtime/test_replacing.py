@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 from event_loops import until
-from tensor_adapters import acquired, assert_means, give, kept, put, used
+from tensor_adapters import acquired, assert_means, give, held_bytes, put, used
 from tiny_loaders import ONE, fails, gated, loader, on_device
-from tiny_sources import Slowed, over, state, stocked, where
+from tiny_sources import Slowed, make_source, over, state, where
 
 from lorax_async import Event, Leaving, Resident, SlotFreed, errors
 from lorax_async.types import AdapterId, AdapterRef
@@ -53,7 +53,7 @@ async def test_new_requests_get_the_new_version_and_old_handles_keep_theirs(devi
 async def test_an_id_of_a_source_is_replaced_until_unloaded(tmp_path: Path, kind: str) -> None:
     folder = tiny.write(tmp_path / "a", 1)
     name = folder if kind == "path" else str(folder) if kind == "str" else "a"
-    source = stocked(tmp_path / "fake", "a", rank=2)
+    source = make_source(tmp_path / "fake", "a", rank=2)
     there = over(source) if kind == "fake" else loader(local_roots=(tmp_path,))
     async with there:
         old = await there.load(name)
@@ -74,7 +74,7 @@ async def test_an_id_of_a_source_is_replaced_until_unloaded(tmp_path: Path, kind
 
 
 async def test_an_id_that_was_never_loaded_may_be_replaced(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     async with over(source) as there:
         async with await put(there, 2, "a") as new, await there.load("a") as handle:
             assert new.key == handle.key
@@ -88,7 +88,7 @@ async def test_an_id_that_was_never_loaded_may_be_replaced(tmp_path: Path) -> No
 
 
 async def test_a_token_has_its_own_version_and_no_token_is_for_all(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     mine = AdapterRef("a", token="mine")
     async with over(source) as there:
         (await there.replace(mine, tiny.tensors(2), tiny.config())).release()
@@ -104,7 +104,7 @@ async def test_a_token_has_its_own_version_and_no_token_is_for_all(tmp_path: Pat
 
 
 async def test_pins_of_an_id_move_at_once_and_pins_of_a_key_stay(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path, "a", "b", "c"), max_slots=3) as there:
+    async with over(make_source(tmp_path, "a", "b", "c"), max_slots=3) as there:
         ids: tuple[AdapterId, ...] = ("a", AdapterRef("a", token="any"))
         for each in ids:
             await there.pin(each)
@@ -217,7 +217,7 @@ async def test_each_of_many_loads_sees_one_version_whole_and_none_that_is_outdat
 
 
 async def test_replaced_while_the_source_resolves_it(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     resolving = Slowed(source, "resolve")
     async with over(source) as there:
         loading = asyncio.create_task(there.load("a"))
@@ -231,7 +231,7 @@ async def test_replaced_while_the_source_resolves_it(tmp_path: Path) -> None:
 
 
 async def test_a_load_that_fails_once_it_is_replaced_gets_the_new_version(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     opening = Slowed(source, "open")
     async with over(source) as there:
         loading = asyncio.create_task(there.load("a"))
@@ -275,7 +275,7 @@ async def test_a_pin_that_waits_for_the_old_version_ends_on_the_new_one(tmp_path
         replacing = asyncio.create_task(call)
         await until(lambda: there.placement().usage.waiting == 2)
         size = where(there, "mine").host_bytes
-        await until(lambda: kept(there) == 2 * size)  # both wait for the slot
+        await until(lambda: held_bytes(there) == 2 * size)  # both wait for the slot
         other.release()
         async with await replacing as new:
             new_key = new.key

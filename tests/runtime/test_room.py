@@ -9,7 +9,7 @@ from event_loops import until
 from scheduler_world import warm
 from tensor_adapters import FILE, acquired, give, used
 from tiny_loaders import ONE, fails, gated, loader
-from tiny_sources import granted, is_at, over, state, stocked, where
+from tiny_sources import granted, is_at, make_source, over, state, where
 
 from lorax_async import AdapterRef, Event, HeaderChecked, Leaving, Resident, errors
 
@@ -19,7 +19,9 @@ EVER = 1e6  # Seconds: longer than any test
 
 
 async def test_room_is_made_by_the_coldest_and_waited_for(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path, "a", "b", "c"), device_bytes=2 * ONE, max_slots=8) as there:
+    async with over(
+        make_source(tmp_path, "a", "b", "c"), device_bytes=2 * ONE, max_slots=8
+    ) as there:
         await warm(there, *"abac")
         assert there.try_acquire("b") is None
         held = [acquired(there, name) for name in "ac"]
@@ -39,7 +41,9 @@ async def test_room_is_made_by_the_coldest_and_waited_for(tmp_path: Path) -> Non
 
 async def test_no_more_are_told_to_leave_than_have_to(tmp_path: Path) -> None:
     told: list[Event] = []
-    async with over(stocked(tmp_path, "a", "b", "c"), max_slots=2, starvation_age=0.01) as there:
+    async with over(
+        make_source(tmp_path, "a", "b", "c"), max_slots=2, starvation_age=0.01
+    ) as there:
         first, second = await there.load("a"), await there.load("b")
         there.subscribe(told.append)
         await fails(there.load("c", timeout=0.1), errors.AdapterTimeoutError)
@@ -57,7 +61,7 @@ async def test_no_more_are_told_to_leave_than_have_to(tmp_path: Path) -> None:
 
 async def test_a_stream_that_preempts_none_waits_for_an_idle_slot(tmp_path: Path) -> None:
     """Beside it, a load that waits for the same adapter preempts as ever."""
-    async with over(stocked(tmp_path, "a", "b"), max_slots=1, starvation_age=0.02) as there:
+    async with over(make_source(tmp_path, "a", "b"), max_slots=1, starvation_age=0.02) as there:
         held = await there.load("a")
 
         async def stream() -> None:
@@ -80,7 +84,7 @@ async def test_a_stream_that_preempts_none_waits_for_an_idle_slot(tmp_path: Path
     ("age", "order"), [(0.02, ["held", "patient", "urgent"]), (EVER, ["held", "urgent", "patient"])]
 )
 async def test_priority_is_worth_waiting_time(tmp_path: Path, age: float, order: list[str]) -> None:
-    source = stocked(tmp_path, "held", "patient", "urgent")
+    source = make_source(tmp_path, "held", "patient", "urgent")
     async with over(source, max_slots=1, starvation_age=age) as there:
         heard: list[Event] = []
         there.subscribe(heard.append)
@@ -100,7 +104,7 @@ async def test_priority_is_worth_waiting_time(tmp_path: Path, age: float, order:
 
 
 async def test_a_resident_adapter_has_its_time_and_goes_when_it_is_over(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b", "c")
+    source = make_source(tmp_path, "a", "b", "c")
     async with over(source, max_slots=1, min_residency=0.1, starvation_age=EVER) as there:
         heard: list[Event] = []
         there.subscribe(heard.append)
@@ -118,7 +122,7 @@ async def test_a_resident_adapter_has_its_time_and_goes_when_it_is_over(tmp_path
 
 
 async def test_a_pin_outlives_pressure_until_it_is_unpinned(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path, "a", "b", "c", "d"), max_slots=2) as there:
+    async with over(make_source(tmp_path, "a", "b", "c", "d"), max_slots=2) as there:
         await there.pin("a")
         assert (where(there, "a").pins, where(there, "a").leases) == (1, 0)
         slot = where(there, "a").slot
@@ -145,7 +149,7 @@ async def test_no_room_beside_a_pin(
     tmp_path: Path, settings: dict[str, object], name: str, words: str
 ) -> None:
     """The error speaks of what is short: of slots, or of bytes."""
-    source = stocked(tmp_path, "a", "b")
+    source = make_source(tmp_path, "a", "b")
     source.put("large", *tiny.files(tiny.write(tmp_path / "large", rank=8)))
     async with over(source, **settings) as there:
         lease = await there.load("a")
@@ -166,7 +170,7 @@ async def test_no_room_beside_a_pin(
 
 async def test_what_never_fits_is_refused_for_its_size_whatever_is_pinned(tmp_path: Path) -> None:
     """Also where every slot is pinned: to unpin would not help."""
-    source = stocked(tmp_path, "a", "b")
+    source = make_source(tmp_path, "a", "b")
     source.put("large", *tiny.files(tiny.write(tmp_path / "large", rank=16)))
     async with over(source, max_slots=2, device_bytes=2 * ONE) as there:
         for pinned in ("a", "b"):
@@ -197,7 +201,7 @@ async def test_pins_that_wait_for_one_slot_do_not_take_it_from_each_other(tmp_pa
 
 
 async def test_unload_ends_pins_and_a_stale_unpin_is_harmless(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path, "a")) as there:
+    async with over(make_source(tmp_path, "a")) as there:
         await there.pin("a")
         key = there.placement().story("a")[0].key
         await there.pin(key)
@@ -263,7 +267,7 @@ async def test_what_is_idle_goes_at_once(tmp_path: Path) -> None:
 
 
 async def test_what_nobody_knows_is_not_looked_for(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     async with over(source) as other:
         (await other.load("a")).release()
         (key,) = other.placement().adapters
@@ -344,7 +348,7 @@ async def test_who_waits_for_a_load_waits_on_and_gets_it_anew(tmp_path: Path) ->
 
 
 async def test_loads_that_come_meanwhile_wait(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path, "a")) as there:
+    async with over(make_source(tmp_path, "a")) as there:
         lease = await there.load("a")
         for cancelled in (True, False):
             unloading = asyncio.create_task(there.unload("a"))
@@ -361,7 +365,7 @@ async def test_loads_that_come_meanwhile_wait(tmp_path: Path) -> None:
 
 
 async def test_one_of_several_callers_gives_up(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path, "a")) as there:
+    async with over(make_source(tmp_path, "a")) as there:
         lease = await there.load("a")
         callers = [asyncio.create_task(there.unload("a")) for _ in range(3)]
         await until(lambda: state(there, "a") == "leaving")
@@ -374,7 +378,7 @@ async def test_one_of_several_callers_gives_up(tmp_path: Path) -> None:
 
 
 async def test_an_unload_that_waits_does_not_hold_up_others(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "leased", "idle", "late")
+    source = make_source(tmp_path, "leased", "idle", "late")
     async with over(source, max_slots=2, starvation_age=1e6) as there:
         lease = await there.load("leased")
         (await there.load("idle")).release()
@@ -386,7 +390,7 @@ async def test_an_unload_that_waits_does_not_hold_up_others(tmp_path: Path) -> N
 
 
 async def test_a_kernel_is_waited_for(tmp_path: Path) -> None:
-    async with over(stocked(tmp_path, "a")) as there:
+    async with over(make_source(tmp_path, "a")) as there:
         handle = await there.load("a")
         with handle.use():
             with handle.use():

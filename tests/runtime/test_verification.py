@@ -12,7 +12,7 @@ from event_loops import until
 from false_bytes import told_false, watched
 from tensor_adapters import acquired
 from tiny_loaders import fails, loader
-from tiny_sources import WEIGHTS, Slowed, is_resident, over, state, stocked
+from tiny_sources import WEIGHTS, Slowed, is_resident, make_source, over, state
 
 from lorax_async import AdapterHandle, Failed, errors
 from lorax_async.types import AdapterRef, Verification, VerificationKind
@@ -29,7 +29,7 @@ def digest_of(folder: Path) -> str:
 
 @pytest.mark.each_loop
 async def test_a_load_is_verified_after_it_is_there(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     source.hold_verification("a")
     source.verifications["a"] = Verification("sha256", SOME)
     async with over(source) as there, await there.load("a") as handle:
@@ -57,7 +57,7 @@ async def test_a_load_is_verified_after_it_is_there(tmp_path: Path) -> None:
 
 
 async def test_a_verification_lasts_as_long_as_the_adapter_is_known(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b")
+    source = make_source(tmp_path, "a", "b")
     source.verifications["a"] = Verification("git-sha1", "7" * 40)
     async with over(source, max_slots=1) as there:
         for name in ("a", "b", "a"):
@@ -71,7 +71,7 @@ async def test_a_verification_lasts_as_long_as_the_adapter_is_known(tmp_path: Pa
 
 
 async def test_before_use_all_is_checked_before_a_copy(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "false")
+    source = make_source(tmp_path, "a", "false")
     for id in ("a", "false"):
         source.hold_verification(id)
     there, device = watched(source, verify="before_use")
@@ -128,7 +128,7 @@ async def test_a_digest_is_compared_for_its_caller_alone(tmp_path: Path) -> None
 
 
 async def test_every_call_compares_and_the_files_are_hashed_once(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b")
+    source = make_source(tmp_path, "a", "b")
     digest = digest_of(tmp_path / "a")
     right, wrong = (AdapterRef("a", digest=each) for each in (digest, OTHER))
     async with over(source, max_slots=1) as there:
@@ -152,7 +152,7 @@ async def test_every_call_compares_and_the_files_are_hashed_once(tmp_path: Path)
 @pytest.mark.parametrize("kind", ["sha256", "transport", "git-sha1", "none"])
 @pytest.mark.parametrize("right", [True, False])
 async def test_known_sha256_is_reused(tmp_path: Path, kind: VerificationKind, right: bool) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     wanted = digest_of(tmp_path / "a")
     known = {"git-sha1": "7" * 40, "none": None}.get(kind, wanted if right else OTHER)
     source.verifications["a"] = Verification(kind, known)
@@ -174,7 +174,7 @@ async def test_known_sha256_is_reused(tmp_path: Path, kind: VerificationKind, ri
 
 
 async def test_a_stream_with_a_digest_waits_for_the_comparison(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     source.hold("a")
     source.allow("a", 0)
     async with over(source) as there, there.stream("a") as plain:
@@ -207,7 +207,7 @@ async def test_a_digest_is_64_lowercase_hex_digits(tmp_path: Path, digest: objec
 @pytest.mark.each_loop
 @pytest.mark.parametrize("how", ["cancelled", "late"])
 async def test_hashing_ends_when_nobody_waits_for_it(tmp_path: Path, how: str) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     hashing = Slowed(source, "digest")
     async with over(source) as there:
         if how == "late":
@@ -228,7 +228,7 @@ async def test_hashing_ends_when_nobody_waits_for_it(tmp_path: Path, how: str) -
 
 
 async def test_each_caller_gets_an_error_of_hashing_of_its_own(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     async with over(source) as there:
         source.fail("digest", errors.FetchError("the disk is on fire"))
         loads = [there.load("a", digest=OTHER) for _ in range(3)]
@@ -243,7 +243,7 @@ async def test_each_caller_gets_an_error_of_hashing_of_its_own(tmp_path: Path) -
 
 @pytest.mark.parametrize("step", ["fetched", "hashed"])
 async def test_a_loader_that_closes_ends_the_wait_for_a_digest(tmp_path: Path, step: str) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     hashing = Slowed(source, "digest")
     if step == "fetched":
         source.hold_verification("a")
@@ -265,7 +265,7 @@ def weights(handle: AdapterHandle) -> list[torch.Tensor]:
 
 
 async def test_every_use_of_false_bytes_fails(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "other")
+    source = make_source(tmp_path, "a", "other")
     source.hold_verification("a")
     events: list[object] = []
     async with over(source) as there, await there.load("other") as other:
@@ -300,7 +300,7 @@ async def test_every_use_of_false_bytes_fails(tmp_path: Path) -> None:
 
 
 async def test_false_bytes_are_zeroed_before_their_slot_is_free(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b", "c", "d", "e")
+    source = make_source(tmp_path, "a", "b", "c", "d", "e")
     source.hold_verification("a")
     there, device = watched(source)
     freed: list[bool] = []
@@ -332,7 +332,7 @@ async def test_false_bytes_are_zeroed_before_their_slot_is_free(tmp_path: Path) 
 
 
 async def test_a_slot_that_cannot_be_zeroed_is_free_all_the_same(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     source.hold_verification("a")
     there, device = watched(source)
     device.wipe = raising(RuntimeError("it has its moods"))  # type: ignore[method-assign,assignment]

@@ -9,7 +9,7 @@ import scheduler_world as serving
 from event_loops import until
 from scheduler_world import MANY, VirtualClock, finish, held, opened, rows, step, turns, wanted
 from tiny_loaders import fails
-from tiny_sources import is_at, is_resident, state, stocked
+from tiny_sources import is_at, is_resident, make_source, state
 
 from lorax_async import AdapterScheduler, Batch, Request, Ticket, errors
 from lorax_async.errors import ConfigError, FetchError, HandleClosedError, UsageError
@@ -22,7 +22,7 @@ ONE_SLOT: dict[str, Any] = PATIENT | {"max_slots": 1}
 
 
 async def test_a_request_is_computed_a_token_at_a_time(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path, "a")) as (_, scheduler):
+    async with opened(make_source(tmp_path, "a")) as (_, scheduler):
         ticket = scheduler.submit(Request("a", 10, 3))
         assert "'a' waiting" in repr(ticket)
         seen = [rows(await step(scheduler)) for _ in range(3)]
@@ -34,7 +34,7 @@ async def test_a_request_is_computed_a_token_at_a_time(tmp_path: Path) -> None:
 
 
 async def test_an_engine_may_end_a_request_and_a_long_prompt_comes_in_parts(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path)) as (_, scheduler):
+    async with opened(make_source(tmp_path)) as (_, scheduler):
         ticket = scheduler.submit(Request(None, 10, MANY))
         for start, tokens, last in ((0, 4, False), (4, 4, False), (8, 2, True)):
             assert rows(await step(scheduler, tokens=4)) == [(None, start, tokens, last)]
@@ -43,7 +43,7 @@ async def test_an_engine_may_end_a_request_and_a_long_prompt_comes_in_parts(tmp_
 
 
 async def test_several_batches_may_be_under_way(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path, "a"), ready="a") as (_, scheduler):
+    async with opened(make_source(tmp_path, "a"), ready="a") as (_, scheduler):
         tickets = [scheduler.submit(Request("a", 1, 1)) for _ in range(2)]
         batches = [await scheduler.next_batch(MANY, 1) for _ in range(2)]
         assert [batch.rows[0].ticket for batch in batches] == tickets
@@ -60,7 +60,7 @@ async def test_wrong_requests_settings_and_sizes_are_refused(tmp_path: Path) -> 
     for request, error in zip(requests, kinds, strict=True):
         with pytest.raises(error):
             Request(*request)
-    async with opened(stocked(tmp_path)) as (loader, scheduler):
+    async with opened(make_source(tmp_path)) as (loader, scheduler):
         wrong: list[dict[str, Any]] = [{"loads": 0}, {"look_ahead": -1}, {"max_begun": 0}]
         wrong += [{"max_share": share} for share in (0, -0.5, 1.5, True, "1")]
         for given in wrong:
@@ -72,7 +72,7 @@ async def test_wrong_requests_settings_and_sizes_are_refused(tmp_path: Path) -> 
 
 
 async def test_a_batch_is_completed_once_and_with_its_own_tickets(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path)) as (_, scheduler):
+    async with opened(make_source(tmp_path)) as (_, scheduler):
         ticket, other = (scheduler.submit(Request(None, 1, 1)) for _ in range(2))
         batch = await scheduler.next_batch(MANY, 1)
         with pytest.raises(UsageError, match="no row"):
@@ -84,7 +84,7 @@ async def test_a_batch_is_completed_once_and_with_its_own_tickets(tmp_path: Path
 
 
 async def test_a_stale_batch_is_caught(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path, "a", "b"), {"max_slots": 1}) as (_, scheduler):
+    async with opened(make_source(tmp_path, "a", "b"), {"max_slots": 1}) as (_, scheduler):
         scheduler.submit(Request("a", 1, 1))
         batch = await scheduler.next_batch(MANY, MANY)
         batch.check()
@@ -103,7 +103,7 @@ async def test_a_stale_batch_is_caught(tmp_path: Path) -> None:
 
 async def test_the_loop_turns_before_a_batch_that_is_there(tmp_path: Path) -> None:
     """An engine may compute on the loop itself, and never wait."""
-    async with opened(stocked(tmp_path)) as (_, scheduler):
+    async with opened(make_source(tmp_path)) as (_, scheduler):
         ticket, turn = scheduler.submit(Request(None, 1, MANY)), list[bool]()
         asyncio.get_running_loop().call_soon(turn.append, True)
         scheduler.complete(await scheduler.next_batch(MANY, MANY))
@@ -113,7 +113,7 @@ async def test_the_loop_turns_before_a_batch_that_is_there(tmp_path: Path) -> No
 
 async def test_what_comes_next_is_brought_nearer(tmp_path: Path) -> None:
     """One is loaded, the next hinted onto the device, then into host memory; the last not."""
-    source = stocked(tmp_path, *"abcdef", holdable=True)
+    source = make_source(tmp_path, *"abcdef", holdable=True)
     source.hold("a")
     settings = {"max_slots": 2, "host_bytes": 1 << 20}
     async with opened(source, settings, loads=1, look_ahead=2) as (loader, scheduler):
@@ -129,7 +129,7 @@ async def test_what_comes_next_is_brought_nearer(tmp_path: Path) -> None:
 
 
 async def test_an_adapter_is_given_back_after_the_last_of_its_batches(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path, "a"), ready="a") as (loader, scheduler):
+    async with opened(make_source(tmp_path, "a"), ready="a") as (loader, scheduler):
         tickets = [scheduler.submit(Request("a", 1, MANY)) for _ in range(2)]
         batches = [await scheduler.next_batch(MANY, 1) for _ in range(2)]
         for ticket in tickets:
@@ -143,7 +143,7 @@ async def test_an_adapter_is_given_back_after_the_last_of_its_batches(tmp_path: 
 @pytest.mark.parametrize("is_wanted", [True, False])
 async def test_a_leaving_adapter_is_in_no_further_batch(tmp_path: Path, is_wanted: bool) -> None:
     """Else it would never leave, if another engine wants one. It comes back for its requests."""
-    async with opened(stocked(tmp_path, "a"), ready="a") as (loader, scheduler):
+    async with opened(make_source(tmp_path, "a"), ready="a") as (loader, scheduler):
         tickets = [scheduler.submit(Request("a", 1, 1)) for _ in range(2)]
         first = await scheduler.next_batch(MANY, 1)
         unloading = asyncio.create_task(loader.unload("a"))
@@ -164,7 +164,7 @@ async def test_a_slot_in_which_nothing_comes_is_given_to_others(
     tmp_path: Path, waited_before: bool, torn: bool
 ) -> None:
     """Its adapter is behind all that may come, though it is the oldest, until its file is here."""
-    source, clock = stocked(tmp_path, *"abc", "stalls"), VirtualClock()
+    source, clock = make_source(tmp_path, *"abc", "stalls"), VirtualClock()
     source.hold("stalls")
     others = "b" if waited_before else "bc"
     async with opened(source, ONE_SLOT, clock=clock) as (loader, scheduler):
@@ -204,7 +204,7 @@ def counts(batch: Batch, *adapters: str | None) -> list[int]:
 
 
 async def test_the_more_urgent_come_first(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path)) as (_, scheduler):
+    async with opened(make_source(tmp_path)) as (_, scheduler):
         plain = scheduler.submit(Request(None, 1, 1))
         soon = scheduler.submit(Request(None, 1, 1, deadline=3.0))
         high = scheduler.submit(Request(None, 1, 1, priority=1))
@@ -216,7 +216,7 @@ async def test_the_more_urgent_come_first(tmp_path: Path) -> None:
 async def test_a_place_is_for_the_adapter_with_the_fewest_tokens_or_for_an_old_request(
     tmp_path: Path, age: float
 ) -> None:
-    clock, given = VirtualClock(), (stocked(tmp_path, "a", "b", "c"), PATIENT, "abc")
+    clock, given = VirtualClock(), (make_source(tmp_path, "a", "b", "c"), PATIENT, "abc")
     async with opened(*given, max_begun=2, clock=clock) as (_, scheduler):
         submit(scheduler, "a", LONG)
         (short,) = submit(scheduler, "b", 20)
@@ -232,7 +232,7 @@ async def test_a_place_is_for_the_adapter_with_the_fewest_tokens_or_for_an_old_r
 
 
 async def test_a_request_whose_adapter_has_not_come_preempts_none(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b")
+    source = make_source(tmp_path, "a", "b")
     async with opened(source, max_begun=4, ready="a") as (loader, scheduler):
         source.hold("b")
         submit(scheduler, "a", LONG, 4)
@@ -251,7 +251,7 @@ async def test_a_request_whose_adapter_has_not_come_preempts_none(tmp_path: Path
 
 async def test_preempting_ends(tmp_path: Path) -> None:
     """Of several adapters and clients that want all, each keeps what it got."""
-    source = stocked(tmp_path, "a", "b", "c")
+    source = make_source(tmp_path, "a", "b", "c")
     async with opened(source, max_begun=8, max_share=0.25, ready="abc") as (_, scheduler):
         for adapter in ("a", "b", "c"):
             for client in ("x", "y", None):
@@ -267,7 +267,7 @@ async def test_preempting_ends(tmp_path: Path) -> None:
 
 
 async def test_alone_an_adapter_gets_all_back(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path, "a", "b"), max_begun=4, ready="ab") as (_, scheduler):
+    async with opened(make_source(tmp_path, "a", "b"), max_begun=4, ready="ab") as (_, scheduler):
         tickets = submit(scheduler, "a", LONG, 4)
         await step(scheduler)
         others = submit(scheduler, "b", LONG, 9)
@@ -286,7 +286,10 @@ async def test_alone_an_adapter_gets_all_back(tmp_path: Path) -> None:
 async def test_a_request_may_begin_when_another_is_cancelled_that_lost_its_slot(
     tmp_path: Path,
 ) -> None:
-    async with opened(stocked(tmp_path, "a", "b"), ONE_SLOT, max_begun=1) as (loader, scheduler):
+    async with opened(make_source(tmp_path, "a", "b"), ONE_SLOT, max_begun=1) as (
+        loader,
+        scheduler,
+    ):
         begun = scheduler.submit(Request("a", 1, MANY))
         await step(scheduler)
         taking = asyncio.create_task(loader.load("b"))
@@ -305,7 +308,10 @@ async def test_a_request_may_begin_when_another_is_cancelled_that_lost_its_slot(
 async def test_a_request_that_may_not_begin_gives_its_slot_to_one_that_has_begun(
     tmp_path: Path,
 ) -> None:
-    async with opened(stocked(tmp_path, "a", "b"), ONE_SLOT, max_begun=1) as (loader, scheduler):
+    async with opened(make_source(tmp_path, "a", "b"), ONE_SLOT, max_begun=1) as (
+        loader,
+        scheduler,
+    ):
         begun = scheduler.submit(Request("a", 1, 3))
         await step(scheduler)
         other = scheduler.submit(Request("b", 1, 1))
@@ -326,7 +332,7 @@ async def test_an_adapter_of_an_urgent_request_is_loaded_first(
 ) -> None:
     """a and b wait for c's slot, and then another request asks for b; `begun`: loads have begun."""
     settings = {"max_slots": 1, "starvation_age": 100.0, "timeout": 1000.0}
-    given = stocked(tmp_path, "a", "b", "c"), settings
+    given = make_source(tmp_path, "a", "b", "c"), settings
     async with opened(*given, loads=loads, look_ahead=0) as (loader, scheduler):
         async with await loader.load("c"):
             tickets = [scheduler.submit(Request(id, 1, 1)) for id in "ab"]
@@ -341,7 +347,7 @@ async def test_an_adapter_of_an_urgent_request_is_loaded_first(
 
 
 async def test_sources_that_do_not_answer_hold_up_the_next_for_a_while_only(tmp_path: Path) -> None:
-    source, clock = stocked(tmp_path, "silent", "b"), VirtualClock()
+    source, clock = make_source(tmp_path, "silent", "b"), VirtualClock()
     serving.silence(source, "silent")
     async with opened(source, ONE_SLOT, clock=clock, loads=1, look_ahead=0) as (loader, scheduler):
         silent, _ = (scheduler.submit(Request(id, 1, 1)) for id in ("silent", "b"))

@@ -12,7 +12,7 @@ import pytest
 from cancellation_sweep import stepwise
 from scheduler_world import MANY, VirtualClock, finish, held, opened, rows, step, turns, warm
 from tiny_loaders import fails
-from tiny_sources import over, stocked
+from tiny_sources import make_source, over
 
 from lorax_async import AdapterLoader, AdapterRef, AdapterScheduler, Batch, Request, Ticket, errors
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 async def test_a_task_that_awaits_a_ticket_may_be_cancelled_without_it(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path)) as (_, scheduler):
+    async with opened(make_source(tmp_path)) as (_, scheduler):
         ticket = scheduler.submit(Request(None, 1, 1))
         await fails(asyncio.wait_for(ticket, 0.001), TimeoutError)
         assert not ticket.done
@@ -49,7 +49,7 @@ async def test_a_request_is_cancelled_after_any_turn_of_the_loop(tmp_path: Path)
     """From before its load begins until after its last token."""
     turns, finished = 0, False
     while not finished:
-        async with opened(stocked(tmp_path, "a"), max_begun=1) as (_, scheduler):
+        async with opened(make_source(tmp_path, "a"), max_begun=1) as (_, scheduler):
             ticket = scheduler.submit(Request("a", 4, 2))
             serving = asyncio.create_task(_serve(scheduler, ticket))
             for _ in range(turns):
@@ -62,7 +62,7 @@ async def test_a_request_is_cancelled_after_any_turn_of_the_loop(tmp_path: Path)
 
 
 async def test_next_batch_cancelled_at_every_await_loses_nothing(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
+    async with opened(make_source(tmp_path, "a")) as (loader, scheduler):
         number, cancelled = 0, True
         while cancelled:
             number += 1
@@ -91,7 +91,7 @@ async def test_next_batch_cancelled_at_every_await_loses_nothing(tmp_path: Path)
 async def test_a_failing_adapter_fails_its_requests_and_no_other(
     tmp_path: Path, step_: Any
 ) -> None:
-    source = stocked(tmp_path, "bad", "good")
+    source = make_source(tmp_path, "bad", "good")
     at = 4096 if step_ == "read" else 0  # a byte behind the header, or a group
     source.fail(step_, errors.FetchError("as told"), id="bad", at=at)
     async with opened(source) as (_, scheduler):
@@ -112,7 +112,7 @@ async def test_a_failing_adapter_fails_its_requests_and_no_other(
 
 async def test_bytes_that_turn_out_to_be_false(tmp_path: Path) -> None:
     """All layers were there, and tokens had come out."""
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     source.hold_verification("a")
     source.fail("verify", errors.IntegrityError("others than promised"), id="a")
     async with opened(source) as (_, scheduler):
@@ -125,7 +125,7 @@ async def test_bytes_that_turn_out_to_be_false(tmp_path: Path) -> None:
 
 
 async def test_the_engine_may_say_that_a_row_failed(tmp_path: Path) -> None:
-    async with opened(stocked(tmp_path, "a")) as (_, scheduler):
+    async with opened(make_source(tmp_path, "a")) as (_, scheduler):
         bad, good = (scheduler.submit(Request("a", 1, 2)) for _ in range(2))
         await step(scheduler, failed={bad: errors.AdapterError("not this one")})
         await finish(scheduler, good)
@@ -136,7 +136,7 @@ async def test_the_engine_may_say_that_a_row_failed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("resident", [False, True])
 async def test_another_digest_fails_the_request(tmp_path: Path, resident: bool) -> None:
     """Also when the engine did not ask; requests for the same adapter without one go on."""
-    async with opened(stocked(tmp_path, "a")) as (loader, scheduler):
+    async with opened(make_source(tmp_path, "a")) as (loader, scheduler):
         if resident:
             await warm(loader, "a")
         false = scheduler.submit(Request(AdapterRef("a", digest="0" * 64), 1, MANY))
@@ -156,7 +156,7 @@ async def test_another_digest_fails_the_request(tmp_path: Path, resident: bool) 
 
 async def test_a_token_of_false_weights_does_not_count(tmp_path: Path) -> None:
     """The scheduler asks when a batch is completed."""
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     source.hold_verification("a")
     source.fail("verify", errors.IntegrityError("it has other bytes"), id="a", times=9)
     async with opened(source) as (_, scheduler):
@@ -179,7 +179,7 @@ PATIENT = {"timeout": 60.0, "starvation_age": 1000.0}
 async def test_a_deadline_ends_the_waiting(
     tmp_path: Path, held: str, id: str | None, stage: str
 ) -> None:
-    source = stocked(tmp_path, "a", "b")
+    source = make_source(tmp_path, "a", "b")
     source.hold("a")
     async with opened(source, {"max_slots": 1}) as (loader, scheduler):
         blocker = await loader.load("b") if held == "resolve" else None
@@ -201,7 +201,7 @@ async def test_a_request_that_loses_its_slot_has_all_its_time_again_if_it_had_be
     tmp_path: Path, has_begun: bool
 ) -> None:
     clock = VirtualClock()
-    async with opened(stocked(tmp_path, "a"), PATIENT, clock=clock) as (loader, scheduler):
+    async with opened(make_source(tmp_path, "a"), PATIENT, clock=clock) as (loader, scheduler):
         ticket = scheduler.submit(Request("a", 1, MANY, deadline=60.0))
         if has_begun:
             await step(scheduler)
@@ -223,7 +223,7 @@ async def test_a_request_that_loses_its_slot_has_all_its_time_again_if_it_had_be
 async def test_a_request_that_has_begun_is_not_late(tmp_path: Path, deadline: float | None) -> None:
     """Without a deadline of its own a request has the config's timeout to begin in."""
     clock = VirtualClock()
-    async with opened(stocked(tmp_path), PATIENT, clock=clock) as (_, scheduler):
+    async with opened(make_source(tmp_path), PATIENT, clock=clock) as (_, scheduler):
         begun, late = (scheduler.submit(Request(None, 1, 2, deadline=deadline)) for _ in range(2))
         batch = await scheduler.next_batch(MANY, 1)
         clock.pass_until((deadline or 60.0) - 0.1)
@@ -237,7 +237,7 @@ async def test_a_request_that_has_begun_is_not_late(tmp_path: Path, deadline: fl
 
 async def test_close_answers_all_requests(tmp_path: Path) -> None:
     """Who waits, who streams, who is computed, who wants a batch; and twice."""
-    source = stocked(tmp_path, *"abcde", holdable=True)
+    source = make_source(tmp_path, *"abcde", holdable=True)
     source.hold("a")
     source.hold("b")
 
@@ -269,7 +269,7 @@ async def test_close_answers_all_requests(tmp_path: Path) -> None:
 
 
 async def test_cancelling_close_does_not_stop_it(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     source.hold("a")
     async with over(source) as loader:
         scheduler = AdapterScheduler(loader)
@@ -284,7 +284,7 @@ async def test_cancelling_close_does_not_stop_it(tmp_path: Path) -> None:
 
 
 async def test_a_loader_that_is_closed_first_fails_the_requests(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a", "b")
+    source = make_source(tmp_path, "a", "b")
     source.hold("b")
     async with over(source) as loader:
         scheduler = AdapterScheduler(loader)
@@ -315,7 +315,7 @@ async def test_close_waits_for_its_loads(tmp_path: Path, monkeypatch: pytest.Mon
             await turns()
             ended.append(True)
 
-    async with over(stocked(tmp_path, "a")) as loader:
+    async with over(make_source(tmp_path, "a")) as loader:
         monkeypatch.setattr(AdapterLoader, "stream", slow)
         scheduler = AdapterScheduler(loader)
         ticket = scheduler.submit(Request("a", 1, 1))
@@ -327,7 +327,7 @@ async def test_close_waits_for_its_loads(tmp_path: Path, monkeypatch: pytest.Mon
 
 async def test_no_alarm_and_no_subscription_outlives_the_scheduler(tmp_path: Path) -> None:
     """Some requests are cancelled, fail, or are finished before."""
-    source, clock = stocked(tmp_path, "stalls", "b", "bad"), VirtualClock()
+    source, clock = make_source(tmp_path, "stalls", "b", "bad"), VirtualClock()
     source.hold("stalls")
     source.fail("resolve", errors.FetchError("as told"), id="bad")
 
@@ -364,5 +364,5 @@ async def test_it_belongs_to_its_loop(tmp_path: Path) -> None:
         for work in (scheduler.close(), scheduler.next_batch(1, 1)):
             await fails(work, errors.UsageError, "event loop")
 
-    async with over(stocked(tmp_path)) as loader, AdapterScheduler(loader) as scheduler:
+    async with over(make_source(tmp_path)) as loader, AdapterScheduler(loader) as scheduler:
         await asyncio.to_thread(asyncio.run, elsewhere(scheduler))

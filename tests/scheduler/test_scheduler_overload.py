@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from event_loops import until
 from scheduler_world import MANY, VirtualClock, finish, held, opened, rows, silence, step
-from tiny_sources import state, stocked
+from tiny_sources import make_source, state
 
 from lorax_async import Request
 from overload import (
@@ -130,7 +130,7 @@ async def test_an_adapter_serves_what_was_queued_and_then_yields(tmp_path: Path)
 
     By then a has served three of the five that were queued when it got the slot.
     """
-    source, clock = stocked(tmp_path, "a", "b", "c"), VirtualClock()
+    source, clock = make_source(tmp_path, "a", "b", "c"), VirtualClock()
     one_slot: dict[str, Any] = PATIENT | {"max_slots": 1}
     async with opened(source, one_slot, ready="c", clock=clock) as (loader, scheduler):
         requests = [scheduler.submit(Request(id, 1, 1)) for id in "cabaaaa"]
@@ -146,7 +146,7 @@ async def test_an_adapter_serves_what_was_queued_and_then_yields(tmp_path: Path)
 
 async def test_a_request_without_end_makes_room_amid_it_and_goes_on(tmp_path: Path) -> None:
     """After five times `starvation_age` without the end of a request; then its own turn comes."""
-    source, clock = stocked(tmp_path, "a", "b"), VirtualClock()
+    source, clock = make_source(tmp_path, "a", "b"), VirtualClock()
     one_slot: dict[str, Any] = PATIENT | {"max_slots": 1}
     async with opened(source, one_slot, clock=clock) as (loader, scheduler):
         endless = scheduler.submit(Request("a", 1, MANY))
@@ -165,7 +165,7 @@ async def test_a_request_without_end_makes_room_amid_it_and_goes_on(tmp_path: Pa
 
 
 async def test_an_adapter_that_does_not_come_makes_none_yield(tmp_path: Path) -> None:
-    source, clock = stocked(tmp_path, "a", "silent"), VirtualClock()
+    source, clock = make_source(tmp_path, "a", "silent"), VirtualClock()
     silence(source, "silent")
     one_slot: dict[str, Any] = PATIENT | {"max_slots": 1}
     async with opened(source, one_slot, ready="a", clock=clock) as (_, scheduler):
@@ -181,7 +181,7 @@ async def test_an_adapter_that_does_not_come_makes_none_yield(tmp_path: Path) ->
 
 async def test_slots_of_others_are_taken_as_by_any_load(tmp_path: Path) -> None:
     """Where all slots are leased outside of the scheduler, it has none to give."""
-    source, clock = stocked(tmp_path, "a", "b"), VirtualClock()
+    source, clock = make_source(tmp_path, "a", "b"), VirtualClock()
     settings = PATIENT | {"max_slots": 1, "starvation_age": 0.05}
     async with opened(source, settings, clock=clock) as (loader, scheduler):
         lease = await loader.load("a")

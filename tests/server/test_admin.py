@@ -19,7 +19,7 @@ from fastapi.routing import iter_route_contexts
 from server_world import TOKEN, Answer, FakeEngine, World, loading, serving
 from tiny_loaders import fails, on_device
 from tiny_loaders import loader as tiny_loader
-from tiny_sources import over, stocked
+from tiny_sources import make_source, over
 
 from engines.conftest import watched
 from lorax_async.errors import FetchError
@@ -92,7 +92,7 @@ async def test_load_use_and_unload(tmp_path: Path) -> None:
 
 async def test_a_name_is_given_once(tmp_path: Path) -> None:
     """Only in place is it given to another adapter; a path that is not a folder is an id."""
-    source = stocked(tmp_path, "one", "two")
+    source = make_source(tmp_path, "one", "two")
     async with serving(loader=over(source)) as world:
         assert (await load(world, "a", "one")).status == 200
         assert await asked_for(world, "a") == "one"
@@ -106,7 +106,7 @@ async def test_a_name_is_given_once(tmp_path: Path) -> None:
 
 
 async def test_of_two_loads_of_one_name_the_first_counts(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "first", "second")
+    source = make_source(tmp_path, "first", "second")
     async with serving(loader=over(source)) as world:
         names = ("first", "second")
         for name in names:
@@ -131,7 +131,7 @@ async def test_an_adapter_in_use_is_unloaded_later(tmp_path: Path, monkeypatch: 
 
 
 async def test_a_load_is_under_way_and_none_begins_while_the_server_closes(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     source.hold("a")
     async with serving(loader=over(source)) as world:
         loading = asyncio.create_task(load(world, "a", "a"))
@@ -215,7 +215,7 @@ async def test_neither_the_disk_nor_a_long_list_holds_the_loop(monkeypatch: Patc
 
 
 async def test_a_failure_stands_in_the_story_with_its_error(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "org/a")
+    source = make_source(tmp_path, "org/a")
     source.fail("fetch_groups", FetchError("the line was cut", retryable=False))
     async with serving(loader=over(source)) as world:
         await fails(world.service.loader.load("org/a"), FetchError)
@@ -229,7 +229,7 @@ async def test_a_failure_stands_in_the_story_with_its_error(tmp_path: Path) -> N
 
 async def test_a_pinned_adapter_stays_until_it_is_unpinned(tmp_path: Path) -> None:
     names = ("a", "b", "c")
-    there = over(stocked(tmp_path, *names), max_slots=2)
+    there = over(make_source(tmp_path, *names), max_slots=2)
     async with serving(loader=there, adapters={name: name for name in names}) as world:
         for _ in range(2):
             answer = await pin(world, "a")
@@ -256,7 +256,7 @@ async def test_a_pinned_adapter_stays_until_it_is_unpinned(tmp_path: Path) -> No
 async def test_a_pin_ends_with_the_last_name_and_follows_one_that_is_loaded_in_place(
     tmp_path: Path,
 ) -> None:
-    there = over(stocked(tmp_path, "one", "two", "three"))
+    there = over(make_source(tmp_path, "one", "two", "three"))
     async with serving(loader=there, adapters={"a": "one", "b": "one"}) as world:
         await pin(world, "a")
         await unload(world, "a")
@@ -424,7 +424,7 @@ async def test_a_pin_of_an_earlier_version_outlives_the_unload_of_another_name(
 
 
 async def test_a_name_that_goes_during_its_pin_leaves_none(tmp_path: Path) -> None:
-    source = stocked(tmp_path, "a")
+    source = make_source(tmp_path, "a")
     async with serving(loader=over(source), adapters={"a": "a"}) as world:
         source.hold("a")
         pinning = asyncio.create_task(pin(world, "a"))
@@ -438,7 +438,7 @@ async def test_a_name_that_goes_during_its_pin_leaves_none(tmp_path: Path) -> No
 
 async def test_a_pin_that_fails_leaves_nothing(tmp_path: Path) -> None:
     broken = tiny.write(tmp_path / "broken", layers=9)
-    there = over(stocked(tmp_path, "a", "b"), max_slots=1, timeout=0.2)
+    there = over(make_source(tmp_path, "a", "b"), max_slots=1, timeout=0.2)
     engine = FakeEngine(loading(there))
     async with serving(engine, there, adapters={"x": broken, "a": "a", "b": "b"}) as world:
         assert (await pin(world, "a")).status == 200

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from decode_world import all_of, asked
+from decode_world import all_of, generate
 from event_loops import until
 from peft_adapters import PEFT_WARNING, active, logits_of, serving, streaming
 from transformers import PreTrainedConfig
@@ -327,16 +327,16 @@ async def test_answers_are_generates_while_adapters_come(small: Any, adapters: l
     ):
         decoder = TransformersDecoder(small, attached, 4)
         async with Engine(scheduler, decoder, max_tokens=16, max_sequences=4) as engine:
-            lost = engine.submit(asked([1, 2], 8, "lost"))
-            answers = [engine.submit(asked(prompt, 8, name)) for name, prompt in wanted]
+            lost = engine.submit(generate([1, 2], 8, "lost"))
+            answers = [engine.submit(generate(prompt, 8, name)) for name, prompt in wanted]
             assert await all_of(answers[0]) == expected[0]  # nobody waits for "most"
             source.allow("most")
             assert await asyncio.gather(*map(all_of, answers[1:])) == expected[1:]
             assert await all_of(lost, FetchError) == []
 
-            answers = [engine.submit(asked([n, 2, 3], 24, "most")) for n in range(4)]
+            answers = [engine.submit(generate([n, 2, 3], 24, "most")) for n in range(4)]
             await until(lambda: all(len(answer.known) > 5 for answer in answers))
-            assert await all_of(engine.submit(asked([4, 5], 8, "some"))) == expected[2]
+            assert await all_of(engine.submit(generate([4, 5], 8, "some"))) == expected[2]
             assert all(len(answer.known) < 3 + 24 for answer in answers)
             assert await asyncio.gather(*map(all_of, answers)) == expected_long
         assert decoder.sequences == 0

@@ -14,13 +14,13 @@ from unittest.mock import AsyncMock, Mock
 import pytest
 import tiny
 import torch
-from decode_world import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone, asked, generating
+from decode_world import GREEDY, VOCABULARY, ScriptedDecoder, all_of, alone, generate, generating
 from event_loops import until
 from gated_device import GatedDevice
 from leaks import our_threads
 from scheduler_world import opened, warm
 from tiny_loaders import begin_copies, fails, gated
-from tiny_sources import stocked
+from tiny_sources import make_source
 
 from lorax_async import AdapterLoader, errors
 from lorax_async.devices.cpu import CpuDevice
@@ -34,7 +34,7 @@ Patch = pytest.MonkeyPatch
 
 @pytest.fixture
 def source(tmp_path: Path) -> FakeSource:
-    return stocked(tmp_path, "a", "b", "c")
+    return make_source(tmp_path, "a", "b", "c")
 
 
 @pytest.mark.each_loop
@@ -42,16 +42,16 @@ async def test_adapters_share_a_step_and_each_answer_is_its_own(source: FakeSour
     wanted = [(None, [1, 2]), ("a", [1, 2]), ("b", [1, 2, 3]), ("a", [7]), (None, [9, 8])]
     async with generating(source) as (engine, decoder, loader):
         await warm(loader, "a", "b")
-        answers = [engine.submit(asked(prompt, 6, name)) for name, prompt in wanted]
+        answers = [engine.submit(generate(prompt, 6, name)) for name, prompt in wanted]
         found = await asyncio.gather(*map(all_of, answers))
         assert found == [alone(prompt, 6, name) for name, prompt in wanted]
         assert [answer.finish for answer in answers] == ["length"] * 5
         handles = [{part.handle for part in step.parts} for step in decoder.steps]
         assert {None, "a", "b"} in [{each and each.id for each in row} for row in handles]
         assert len(decoder.steps) <= 8  # and not one by one, which would be 30
-        first = engine.submit(asked([1], 30))
+        first = engine.submit(generate([1], 30))
         got = [await anext(first) for _ in range(3)]
-        assert await all_of(engine.submit(asked([2], 5))) == alone([2], 5)
+        assert await all_of(engine.submit(generate([2], 5))) == alone([2], 5)
         assert got + await all_of(first) == alone([1], 30)
 
 
@@ -60,11 +60,11 @@ async def test_a_stop_token_ends_it_and_does_not_come_out(source: FakeSource) ->
     stop = expected[4]
     assert stop not in expected[:4]
     async with generating(source) as (engine, decoder, _):
-        stopped = engine.submit(asked([3, 4], 10, stop_tokens=frozenset({stop, 99})))
+        stopped = engine.submit(generate([3, 4], 10, stop_tokens=frozenset({stop, 99})))
         finishes = [stopped.finish]
         assert await all_of(stopped) == expected[:4]
         assert [*finishes, stopped.finish] == [None, "stop"]
-        last = engine.submit(asked([3, 4], 5, stop_tokens=frozenset({stop})))
+        last = engine.submit(generate([3, 4], 5, stop_tokens=frozenset({stop})))
         assert (await all_of(last), last.finish) == (expected[:4], "stop")
         assert len(decoder.steps) == 10
 
@@ -72,15 +72,15 @@ async def test_a_stop_token_ends_it_and_does_not_come_out(source: FakeSource) ->
 async def test_what_waits_is_counted_until_something_of_it_was_computed(source: FakeSource) -> None:
     source.hold("a")
     async with generating(source) as (engine, _, __):
-        held = engine.submit(asked([1], 2, "a"))
-        other = engine.submit(asked([1], 2))
+        held = engine.submit(generate([1], 2, "a"))
+        other = engine.submit(generate([1], 2))
         assert engine.waiting == 2
         await all_of(other)
         assert engine.waiting == 1
         source.allow("a")
         assert await all_of(held) == alone([1], 2, "a")
         assert engine.waiting == 0
-        held = engine.submit(asked([1], 2, "missing"))
+        held = engine.submit(generate([1], 2, "missing"))
         await fails(all_of(held), errors.AdapterNotFoundError)
         assert engine.waiting == 0
 
@@ -93,8 +93,8 @@ async def test_an_adapter_that_fails_or_is_late_fails_its_own_answers(source: Fa
     source.hold("c")
     async with generating(source) as (engine, _, __):
         names = ("a", "missing", "b", None)
-        lost, missing, good, base = (engine.submit(asked([1, 2], 6, name)) for name in names)
-        late = engine.submit(asked([1], 2, "c", deadline=0.01))
+        lost, missing, good, base = (engine.submit(generate([1, 2], 6, name)) for name in names)
+        late = engine.submit(generate([1], 2, "c", deadline=0.01))
         kinds = (errors.FetchError, errors.AdapterNotFoundError, errors.AdapterTimeoutError)
         for tokens, error in zip((lost, missing, late), kinds, strict=True):
             assert await all_of(tokens, error) == []
@@ -108,21 +108,21 @@ async def test_what_can_never_be_computed_is_refused(source: FakeSource) -> None
     async with generating(source, decoder={"max_length": 10}) as (engine, decoder, _):
         assert engine.max_length == 10
         with pytest.raises(errors.UsageError, match=r"4 tokens .* max_new_tokens is 7.* 10 "):
-            engine.submit(asked([1, 2, 3, 4], 7))
-        assert await all_of(engine.submit(asked([1, 2, 3, 4], 6))) == alone([1, 2, 3, 4], 6)
+            engine.submit(generate([1, 2, 3, 4], 7))
+        assert await all_of(engine.submit(generate([1, 2, 3, 4], 6))) == alone([1, 2, 3, 4], 6)
         prompts: Any = ([], [VOCABULARY], [-1], [1.0])
         # With such penalties, finite logits become infinite or NaN, as if the adapter were broken.
         samplings = [Sampling(repetition_penalty=penalty) for penalty in (1e-300, 1e308)]
         samplings.append(Sampling(temperature=-1))
-        wrong = [asked([1], 0), asked([1], 1, deadline=-1.0)]
-        wrong += [asked([1], 1, sampling=sampling) for sampling in samplings]
-        for each in (*wrong, *(asked(prompt, 1) for prompt in prompts)):
+        wrong = [generate([1], 0), generate([1], 1, deadline=-1.0)]
+        wrong += [generate([1], 1, sampling=sampling) for sampling in samplings]
+        for each in (*wrong, *(generate(prompt, 1) for prompt in prompts)):
             with pytest.raises(errors.UsageError):
                 engine.submit(each)
         assert engine.waiting == 0
         assert len(decoder.steps) == 6
     with pytest.raises(errors.LoaderClosedError):
-        engine.submit(asked([1], 1))
+        engine.submit(generate([1], 1))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -135,7 +135,7 @@ async def test_an_answer_cancelled_at_any_time_disturbs_none(source: FakeSource,
             prompt = [shuffled.randrange(32) for _ in range(shuffled.randint(1, 20))]
             name, new = shuffled.choice((None, "a", "b", "c")), shuffled.randint(1, 12)
             got, patience = list[int](), shuffled.choice([0, 1, 3, 99])
-            answer = engine.submit(asked(prompt, new, name))
+            answer = engine.submit(generate(prompt, new, name))
             for _ in range(shuffled.choice([0, 0, 3])):
                 await asyncio.sleep(0)
             if patience:
@@ -151,7 +151,7 @@ async def test_an_answer_cancelled_at_any_time_disturbs_none(source: FakeSource,
 
         await asyncio.gather(*(client() for _ in range(25)))
         assert engine.waiting == 0
-        assert await all_of(engine.submit(asked([1], 3))) == alone([1], 3)
+        assert await all_of(engine.submit(generate([1], 3))) == alone([1], 3)
         assert len(decoder.kept) <= 1
 
 
@@ -168,8 +168,8 @@ async def test_an_answer_left_out_of_a_step_repeats_nothing(source: FakeSource) 
         async with generating(source, max_tokens=4) as (engine, decoder, loader):
             await warm(loader, "a")
             decoder.leave = leave
-            request = asked([1, 2, 3, 4, 5], 8, "a", sampling=sampling)
-            answer, other = engine.submit(request), engine.submit(asked([7], 8))
+            request = generate([1, 2, 3, 4, 5], 8, "a", sampling=sampling)
+            answer, other = engine.submit(request), engine.submit(generate([7], 8))
             assert await all_of(other) == alone([7], 8)
             assert await all_of(answer) == alone([1, 2, 3, 4, 5], 8, "a", sampling)
             assert answer.finish == "length"
@@ -187,8 +187,8 @@ async def test_a_decoder_that_raises_fails_its_step_and_goes_on(source: FakeSour
                 raise MemoryError("no room for keys")
 
         decoder.before = before
-        answers = [engine.submit(asked([1], 9)), engine.submit(asked([2], 9))]
-        third = engine.submit(asked([3], 4))
+        answers = [engine.submit(generate([1], 9)), engine.submit(generate([2], 9))]
+        third = engine.submit(generate([3], 4))
         for number, answer in enumerate(answers, 1):
             got = await all_of(answer, errors.InternalError)
             assert got == alone([number], len(got))
@@ -196,7 +196,7 @@ async def test_a_decoder_that_raises_fails_its_step_and_goes_on(source: FakeSour
             error = await fails(anext(answer), errors.InternalError, "no room for keys")
             assert isinstance(error.__cause__, MemoryError)
         assert await all_of(third) == alone([3], 4)
-        assert await all_of(engine.submit(asked([1], 9))) == alone([1], 9)
+        assert await all_of(engine.submit(generate([1], 9))) == alone([1], 9)
 
 
 async def test_logits_that_are_no_numbers_fail_their_own_row(source: FakeSource) -> None:
@@ -211,7 +211,7 @@ async def test_logits_that_are_no_numbers_fail_their_own_row(source: FakeSource)
     decoder = Broken(loop=asyncio.get_running_loop())
     async with opened(source) as (loader, scheduler), Engine(scheduler, decoder) as engine:
         await warm(loader, "a", "b")
-        broken, good, base = (engine.submit(asked([1], 5, name)) for name in ("a", "b", None))
+        broken, good, base = (engine.submit(generate([1], 5, name)) for name in ("a", "b", None))
         await fails(all_of(broken), errors.AdapterFormatError, "'a'")
         assert await all_of(good) == alone([1], 5, "b")
         assert await all_of(base) == alone([1], 5)
@@ -220,7 +220,7 @@ async def test_logits_that_are_no_numbers_fail_their_own_row(source: FakeSource)
 async def test_a_decoder_that_cannot_forget_leaves_no_thread(source: FakeSource) -> None:
     with pytest.raises(RuntimeError, match="it cannot"):
         async with generating(source) as (engine, decoder, _):
-            await all_of(engine.submit(asked([1], 2)))
+            await all_of(engine.submit(generate([1], 2)))
             decoder.forget = Mock(side_effect=RuntimeError("it cannot"))  # type: ignore[method-assign]
     assert "lorax-decoder_0" not in our_threads()
     assert not engine.alive
@@ -231,7 +231,7 @@ async def test_a_scheduler_that_ends_fails_all_answers(source: FakeSource, ends:
     source.hold("a")
     decoder = FakeDecoder(loop=asyncio.get_running_loop())
     async with opened(source) as (_, scheduler), Engine(scheduler, decoder) as engine:
-        answers = [engine.submit(asked([1], 30)), engine.submit(asked([1], 9, "a"))]
+        answers = [engine.submit(generate([1], 30)), engine.submit(generate([1], 9, "a"))]
         await anext(answers[0])
         if ends == "closed":
             await scheduler.close()
@@ -244,7 +244,7 @@ async def test_a_scheduler_that_ends_fails_all_answers(source: FakeSource, ends:
             await fails(anext(answer), error, "closed|ValueError: a mistake")
         await until(lambda: not engine.alive)
         with pytest.raises(errors.LoaderClosedError, match="was closed|the engine has failed"):
-            engine.submit(asked([1], 1))
+            engine.submit(generate([1], 1))
         source.allow("a")
 
 
@@ -274,7 +274,7 @@ async def test_no_token_of_an_adapter_that_was_false_comes_out(source: FakeSourc
     async with generating(source) as (engine, decoder, loader):
         await warm(loader, "a")
         decoder.leave = leave
-        assert await all_of(engine.submit(asked([1], 9, "a")), errors.IntegrityError) == []
+        assert await all_of(engine.submit(generate([1], 9, "a")), errors.IntegrityError) == []
 
 
 @pytest.mark.each_loop
@@ -291,14 +291,17 @@ async def test_closing_fails_the_rest_after_the_step_that_is_computed(source: Fa
 
     async with generating(source) as (engine, decoder, _):
         decoder.before = before
-        running, waiting = engine.submit(asked([1], 9, "a")), engine.submit(asked([1], 9, "b"))
+        running, waiting = (
+            engine.submit(generate([1], 9, "a")),
+            engine.submit(generate([1], 9, "b")),
+        )
         await until(began.is_set)
         cancelled, closing = (asyncio.create_task(engine.close()) for _ in range(2))
         try:
             assert await all_of(running, errors.LoaderClosedError) == alone([1], 1, "a")
             await all_of(waiting, errors.LoaderClosedError)
             with pytest.raises(errors.LoaderClosedError, match="the engine was closed"):
-                engine.submit(asked([1], 1))
+                engine.submit(generate([1], 1))
             assert not engine.alive
             cancelled.cancel()
             await asyncio.wait([cancelled])
@@ -325,17 +328,17 @@ async def test_closing_in_any_turn_cuts_or_ends_an_answer(source: FakeSource, tu
         return {}
 
     async with generating(source) as (engine, decoder, _):
-        assert await all_of(engine.submit(asked([2], 1))) == alone([2], 1)
+        assert await all_of(engine.submit(generate([2], 1))) == alone([2], 1)
         decoder.leave = leave
-        answer = engine.submit(asked([1], 1))
+        answer = engine.submit(generate([1], 1))
         await until(lambda: closing)
         await closing[0]
         whole = answer.finish == "length"
         got = await all_of(answer, None if whole else errors.LoaderClosedError)
         assert got == (alone([1], 1) if whole else [])
     async with generating(source) as (engine, decoder, _):
-        assert await all_of(engine.submit(asked([2], 1))) == alone([2], 1)
-        engine.submit(asked([1], 9))
+        assert await all_of(engine.submit(generate([2], 1))) == alone([2], 1)
+        engine.submit(generate([1], 9))
         await close()
 
 
@@ -351,7 +354,7 @@ async def full(
     room: Any = {"scheduling": places, "max_sequences": PLACES}
     async with generating(source, **room) as (engine, decoder, loader):
         await warm(loader, "a", "b")
-        asking = [asked([n, 1, 2], LONG, adapter, **more) for n in range(PLACES)]
+        asking = [generate([n, 1, 2], LONG, adapter, **more) for n in range(PLACES)]
         answers = [engine.submit(each) for each in asking]
         await until(lambda: all(len(answer.known) > 4 for answer in answers))
         yield engine, decoder, answers
@@ -373,7 +376,7 @@ async def test_the_youngest_gives_way_to_another(source: FakeSource, sampling: S
     """It goes on at once when there is room, and no answer loses a token or gets one twice."""
     async with full(source, sampling=sampling) as (engine, decoder, answers):
         before = len(decoder.steps)
-        short = engine.submit(asked([5], 3, "b"))
+        short = engine.submit(generate([5], 3, "b"))
         assert await all_of(short) == alone([5], 3, "b")
         during = steps_with(decoder, short)
         assert during[0] - before <= 2
@@ -391,7 +394,7 @@ async def test_the_youngest_gives_way_to_another(source: FakeSource, sampling: S
 async def test_one_client_does_not_fill_the_places(source: FakeSource) -> None:
     async with full(source, client="one") as (engine, decoder, answers):
         before = len(decoder.steps)
-        short = engine.submit(asked([5], 3, "a", client="two"))
+        short = engine.submit(generate([5], 3, "a", client="two"))
         assert await all_of(short) == alone([5], 3, "a")
         assert steps_with(decoder, short)[0] - before <= 2
         await require_whole(answers)
@@ -405,7 +408,7 @@ def used_by(decoder: ScriptedDecoder) -> list[tuple[int, int]]:
 async def test_while_others_wait_an_adapter_has_its_share(source: FakeSource) -> None:
     """Of sixteen places both have eight, whichever came first; alone, one has all of them."""
     async with full(source) as (engine, decoder, first):
-        second = [engine.submit(asked([n, 1, 2], LONG, "b")) for n in range(PLACES)]
+        second = [engine.submit(generate([n, 1, 2], LONG, "b")) for n in range(PLACES)]
         await until(lambda: len(second[7].known) > 10)
         assert used_by(decoder)[-5:] == [(8, 8)] * 5
         assert engine.waiting == 8, "the preempted were computed before, and do not wait"
@@ -420,7 +423,7 @@ async def test_while_others_wait_an_adapter_has_its_share(source: FakeSource) ->
 @pytest.mark.parametrize(("share", "most"), [(0.25, 8), (1.0, 0)])
 async def test_shares_are_set(source: FakeSource, share: float, most: int) -> None:
     async with full(source, share=share) as (engine, decoder, first):
-        second = [engine.submit(asked([n, 3], 5, "b")) for n in range(2 * PLACES)]
+        second = [engine.submit(generate([n, 3], 5, "b")) for n in range(2 * PLACES)]
         for answer in (*first, *second):
             await all_of(answer)
         assert max(b for a, b in used_by(decoder) if a) == most
@@ -432,7 +435,7 @@ async def test_shares_are_set(source: FakeSource, share: float, most: int) -> No
 async def test_preempted_answers_end_after_their_tokens(source: FakeSource, ends: str) -> None:
     tell = hold_false_bytes(source)
     async with full(source) as (engine, _, answers):
-        others = [engine.submit(asked([n, 1, 2], LONG, "b")) for n in range(8)]
+        others = [engine.submit(generate([n, 1, 2], LONG, "b")) for n in range(8)]
         await until(lambda: len(others[-1].known) > 3)
         if ends == "engine":
             await engine.close()
@@ -449,7 +452,7 @@ async def test_preempted_answers_end_after_their_tokens(source: FakeSource, ends
 async def test_a_reader_that_was_cancelled_loses_nothing() -> None:
     """Its token comes in the very turn, and is the next one's. The first end counts."""
     ticket: Any = None
-    answer = TokenStream(1, asked([1], 9), Sampler(GREEDY), ticket)
+    answer = TokenStream(1, generate([1], 9), Sampler(GREEDY), ticket)
     for token in (5, 6):
         task = asyncio.ensure_future(anext(answer))
         await asyncio.sleep(0)
@@ -481,7 +484,7 @@ async def test_an_answer_is_cancelled_while_its_files_are_loaded_again(tmp_path:
     folder = tiny.write(tmp_path / "a", 1)
     async with over_files() as (engine, _, device):
         device.gate.clear()
-        answer = engine.submit(asked([1], 5, folder))
+        answer = engine.submit(generate([1], 5, folder))
         await until(lambda: device.copies)
         tiny.write(folder, 2)
         device.gate.set()
@@ -493,7 +496,7 @@ async def test_false_bytes_of_files_that_did_not_change(tmp_path: Path, monkeypa
     false = Mock(side_effect=errors.IntegrityError("the disk gave other bytes"))
     monkeypatch.setattr(CpuDevice, "copy", false)
     async with over_files() as (engine, *_):
-        answer = engine.submit(asked([1], 5, tiny.write(tmp_path / "a", 1)))
+        answer = engine.submit(generate([1], 5, tiny.write(tmp_path / "a", 1)))
         await fails(all_of(answer), errors.IntegrityError, "other bytes")
 
 
@@ -509,7 +512,7 @@ async def test_answers_without_a_token_get_the_version_that_is_saved_meanwhile(
     folder, samplings = tiny.write(tmp_path / "a", 1), [GREEDY] * 6 + [SEEDED]
     async with over_files() as (engine, loader, device):
         device.gate.clear()
-        asking = [asked([n], 5, folder, sampling=how) for n, how in enumerate(samplings)]
+        asking = [generate([n], 5, folder, sampling=how) for n, how in enumerate(samplings)]
         answers = [engine.submit(each) for each in asking]
         tries = set[AdapterKey]()
         for seed in saves:

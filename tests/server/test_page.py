@@ -20,7 +20,7 @@ from event_loops import until
 from server_world import COMPLETIONS, TOKEN, FakeEngine, FakeTokens, World, loading, saying, serving
 from tiny_loaders import ONE, fails, gated
 from tiny_loaders import loader as tiny_loader
-from tiny_sources import over, stocked
+from tiny_sources import make_source, over
 
 from engines.conftest import watched
 from lorax_async.errors import AdapterFormatError, CapacityError
@@ -175,7 +175,7 @@ async def test_numbers_of_the_server_are_anybodys(tmp_path: Path) -> None:
         await told.until(lambda: told.numbers["hits"] == [3, 4])
         assert told.numbers["slots"] == [1, 4]
         assert told.numbers["memory"] == {"device": [ONE, 1 << 20]} | host
-        tasks = [asyncio.create_task(asked(world, "one")) for _ in range(2)]
+        tasks = [asyncio.create_task(complete(world, "one")) for _ in range(2)]
         await engine.asked(2)
         engine.submitted[0].say("a")
         await told.until(lambda: (told.numbers["running"], told.numbers["waiting"]) == (1, 1))
@@ -212,7 +212,10 @@ def test_tokens_per_second_are_those_of_the_last_seconds(monkeypatch: Patch) -> 
 
 
 async def test_ids_and_paths_are_the_operators_to_see(tmp_path: Path) -> None:
-    source, broken = stocked(tmp_path, "org/secret", "org/named"), tiny.write(tmp_path / "hidden")
+    source, broken = (
+        make_source(tmp_path, "org/secret", "org/named"),
+        tiny.write(tmp_path / "hidden"),
+    )
     (broken / "adapter_model.safetensors").write_bytes(b"\x08" + bytes(7) + b'{"a":1}  ')
     async with serving(loader=over(source), adapters={"mine": "org/named"}) as world:
         for id in ("org/secret", "org/named"):
@@ -241,7 +244,7 @@ async def test_ids_and_paths_are_the_operators_to_see(tmp_path: Path) -> None:
 
 async def test_many_adapters_are_cut_and_names_counted(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(monitoring, "MAX_ROWS", 2)
-    source = stocked(tmp_path, *(f"org/a{n}" for n in range(6)))
+    source = make_source(tmp_path, *(f"org/a{n}" for n in range(6)))
     async with serving(loader=over(source, max_slots=2)) as world:
         for n in range(6):
             (await world.service.loader.load(f"org/a{n}")).release()
@@ -296,7 +299,7 @@ async def test_an_idle_page_waits_for_events(tmp_path: Path, monkeypatch: Patch)
         (await world.service.loader.load(folder)).release()
         await told.until(lambda: told.rows["one"]["tier"] == "device")
         await idle()
-        task = asyncio.create_task(asked(world, "base"))
+        task = asyncio.create_task(complete(world, "base"))
         tokens = await engine.asked()
         await told.until(lambda: told.numbers["waiting"])
         await idle()
@@ -353,7 +356,7 @@ async def test_open_pages_are_counted_apart_from_the_operators(monkeypatch: Patc
             assert told.first
 
 
-async def asked(world: World, model: str) -> str:
+async def complete(world: World, model: str) -> str:
     answer = await world.client.completions.create(model=model, prompt="x", max_tokens=8)
     return answer.choices[0].text
 
@@ -382,13 +385,13 @@ async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -
         assert (answer.status, answer.error["code"]) == (404, "no_cold_request")
         async with watching(world) as told:
             assert told.cold == []
-            assert await asked(world, "pirate") == "loaded"
+            assert await complete(world, "pirate") == "loaded"
             await told.until(lambda: told.cold)
             (cold,) = told.cold
             assert (cold["name"], cold["outcome"]) == ("pirate", "first token")
             assert 0 < cold["seconds"] < 20
-            assert await asked(world, "pirate") == "loaded"
-            assert await asked(world, "base") == "loaded"
+            assert await complete(world, "pirate") == "loaded"
+            assert await complete(world, "base") == "loaded"
             assert there.tracer.on is None
         assert await cold_of(world) == cold
         trace = await world.ask("GET", TRACE)
@@ -399,7 +402,7 @@ async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -
         assert {"request pirate", "load pirate", "fetch header", "layer 0"} <= await names_in(world)
         assert trace.headers["cache-control"] == "no-store"
         await there.unload(folder)
-        await asked(world, "pirate")
+        await complete(world, "pirate")
         async with watching(world) as told:
             await told.until(lambda: [each["number"] for each in told.cold] == [2, 1])
 
@@ -415,7 +418,7 @@ async def test_the_first_request_is_cold_and_the_second_is_not(tmp_path: Path) -
 async def test_a_cold_request_without_a_token_is_shown_with_its_outcome(
     tmp_path: Path, rule: Any, status: int | None, outcome: str | None
 ) -> None:
-    there, engine = over(stocked(tmp_path, "org/there")), FakeEngine()
+    there, engine = over(make_source(tmp_path, "org/there")), FakeEngine()
 
     def refuse_the_second(_: FakeTokens) -> None:
         if len(engine.submitted) == 2:
@@ -443,7 +446,7 @@ async def test_a_mistyped_name_is_no_cold_request(tmp_path: Path) -> None:
     """It must not displace a request that a viewer may choose."""
     folder, there = tiny.write(tmp_path / "pirate"), tiny_loader()
     async with serving(FakeEngine(loading(there)), there, adapters={"pirate": folder}) as world:
-        await asked(world, "pirate")
+        await complete(world, "pirate")
         for model in ("priate", "./priate", "a/b/c"):
             answer = await world.ask("POST", COMPLETIONS, {"model": model, "prompt": "x"})
             assert answer.status == 404
@@ -457,10 +460,10 @@ async def test_each_viewer_may_choose_of_the_last_ones(tmp_path: Path, monkeypat
     monkeypatch.setattr(monitoring, "MAX_COLD", 3)
     named = {f"a{n}": f"org/a{n}" for n in range(4)}
     ids = [id for n in range(4) for id in (f"a{n}", f"org/s{n}")][:-1]
-    there = over(stocked(tmp_path, *named.values(), *ids[1::2]), max_slots=8)
+    there = over(make_source(tmp_path, *named.values(), *ids[1::2]), max_slots=8)
     async with serving(FakeEngine(loading(there)), there, adapters=named) as world:
         for id in ids:
-            await asked(world, id)
+            await complete(world, id)
         anybodys, operators = await cold_ones(world), await cold_ones(world, OPERATOR)
         assert [(each["number"], each["name"]) for each in anybodys] == [
             *((7, "a3"), (5, "a2"), (3, "a1"))
@@ -490,11 +493,11 @@ async def test_long_traces_push_out_earlier_ones(tmp_path: Path, monkeypatch: Pa
     folders = {f"a{n}": tiny.write(tmp_path / f"a{n}", n) for n in range(6)}
     there = tiny_loader(max_slots=8)
     async with serving(FakeEngine(loading(there)), there, adapters=folders) as world:
-        await asked(world, "a0")
+        await complete(world, "a0")
         (first,) = world.service.cold.visible(operator=True)
         monkeypatch.setattr(monitoring, "MAX_COLD_SPANS", 3 * first.spans)
         for name in folders:
-            await asked(world, name)
+            await complete(world, name)
         kept = world.service.cold.visible(operator=True)
         assert kept[0].number == 6
         assert 1 < len(kept) < 6
@@ -507,7 +510,7 @@ async def test_few_cold_requests_are_recorded_at_a_time(tmp_path: Path) -> None:
     folders = {f"a{n}": tiny.write(tmp_path / f"a{n}", n) for n in range(most + 1)}
     async with serving(engine, adapters=folders) as world:
         names = ["org/slow", "org/slower", "a0", *folders]
-        tasks = [asyncio.create_task(asked(world, name)) for name in names]
+        tasks = [asyncio.create_task(complete(world, name)) for name in names]
         await engine.asked(len(names))
         recorder = world.service.loader.tracer.on
         assert recorder is not None
@@ -532,11 +535,11 @@ async def test_a_trace_is_made_once_in_a_thread(tmp_path: Path, monkeypatch: Pat
 
     monkeypatch.setattr(Trace, "encoded", encode)
     async with serving(FakeEngine(loading(there)), there, adapters=adapters) as world:
-        await asked(world, "one")
+        await complete(world, "one")
         answers = await asyncio.gather(*(world.ask("GET", TRACE) for _ in range(4)))
         assert {answer.status for answer in answers} == {200}
         assert (len({answer.body for answer in answers}), len(made)) == (1, 1)
-        await asked(world, "two")
+        await complete(world, "two")
         assert b"request two" in (await world.ask("GET", TRACE)).body
         for number in (1, 2, 1, 2):
             assert (await world.ask("GET", f"{TRACE}?number={number}")).status == 200
@@ -558,8 +561,8 @@ async def test_a_trace_does_not_wait_for_anothers_encoding(
 
     monkeypatch.setattr(monitoring, "REST_FACTOR", 0)
     async with serving(FakeEngine(loading(there)), there, adapters=adapters) as world:
-        await asked(world, "one")
-        await asked(world, "two")
+        await complete(world, "one")
+        await complete(world, "two")
         free.set()
         first = await world.ask("GET", f"{TRACE}?number=1")
         monkeypatch.setattr(Trace, "encoded", encode)
@@ -578,9 +581,9 @@ async def test_adapters_without_names_are_the_operators_to_see(tmp_path: Path) -
     """What was asked for is anybody's to see, not what came beside it; ids may end alike."""
     adapters = {"pirate": "org/pirate", "loud": "org/shout", "two": "two/last"}
     beside = ("org/secret", "org/shout", "two/last", "three/last")
-    there = over(stocked(tmp_path, "org/pirate", *beside), max_slots=8)
+    there = over(make_source(tmp_path, "org/pirate", *beside), max_slots=8)
     async with serving(FakeEngine(), there, adapters=adapters | {"x": "three/last"}) as world:
-        task = asyncio.create_task(asked(world, "pirate"))
+        task = asyncio.create_task(complete(world, "pirate"))
         tokens = await world.engine.asked()
         for id in (*beside, "org/pirate"):
             (await there.load(id)).release()
@@ -596,9 +599,9 @@ async def test_adapters_without_names_are_the_operators_to_see(tmp_path: Path) -
         world.engine.rule = loading(there)
         for id in ("two/last", "org/secret"):
             await there.unload(id)
-        await asked(world, "two")
+        await complete(world, "two")
         assert "load two" in await names_in(world)
-        await asked(world, "org/secret")
+        await complete(world, "org/secret")
         assert (await cold_of(world))["name"] == "two"
         assert (await cold_of(world, OPERATOR))["name"] == "secret"
         for name, last in (("two", ["pirate"]), ("pirate", [])):
@@ -613,7 +616,7 @@ async def test_an_adapter_has_the_operators_name(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tiny.write(tmp_path / "real"))
     there, adapters = tiny_loader(), {"pirate": tmp_path / "link"}
     async with serving(FakeEngine(loading(there)), there, adapters=adapters) as world:
-        await asked(world, "pirate")
+        await complete(world, "pirate")
         assert (await cold_of(world))["name"] == "pirate"
         seen = await names_in(world)
         assert {"request pirate", "load pirate", "pirate"} <= seen

@@ -155,7 +155,7 @@ def test_the_timeline_is_zoomed(chromium: Any, site: str) -> None:
     page = chromium.new_page(viewport=DESK)
     span = {"ph": "X", "pid": 1, "tid": 1, "name": "<b>load", "dur": 5e4}
     trace = {"traceEvents": [span | {"ts": number * 1e5} for number in range(10)]}
-    _stream(page, told(["one"], COLD))
+    _stream(page, report(["one"], COLD))
     page.route("**/page/trace.json?number=1", lambda route: route.fulfill(json=trace))
     page.goto(site)
     canvas = page.locator("#timeline canvas")
@@ -186,7 +186,7 @@ def test_no_label_of_the_axis_is_cut(chromium: Any, site: str) -> None:
         if (/^[0-9]+ ms$/.test(text)) ends.push([text, x + width, this.canvas.clientWidth]);
         draw.call(this, text, x, ...more);
       };""")
-    _stream(page, told(["one"], COLD))
+    _stream(page, report(["one"], COLD))
     page.goto(site)
     shows(page, "#cold", "one")
     page.wait_for_function("ends.some(([text]) => text === '1000 ms')")
@@ -202,7 +202,11 @@ def test_a_cold_request_is_chosen(chromium: Any, site: str) -> None:
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     _stream(
-        page, told([], *colds[2::-1]), told([], *colds[::-1]), told([], colds[3]), told([], again)
+        page,
+        report([], *colds[2::-1]),
+        report([], *colds[::-1]),
+        report([], colds[3]),
+        report([], again),
     )
     page.goto(site)
     shows(page, "#cold", "c, ")
@@ -221,7 +225,7 @@ def test_a_cold_request_is_chosen(chromium: Any, site: str) -> None:
 
 def test_a_trace_that_does_not_come_is_asked_for_again(chromium: Any, site: str) -> None:
     page = chromium.new_page(viewport=DESK)
-    _stream(page, told(["one"], COLD), told(["one"], COLD))
+    _stream(page, report(["one"], COLD), report(["one"], COLD))
     answers: list[Any] = [{"status": 503}, {"json": {"traceEvents": []}}]
     page.route("**/page/trace.json?number=1", lambda route: route.fulfill(**answers.pop(0)))
     page.goto(site)
@@ -374,7 +378,7 @@ def test_a_server_that_has_gone_is_told_of(chromium: Any, examples: Path) -> Non
 def test_a_lost_stream_moves_nothing_under_the_finger(chromium: Any, site: str) -> None:
     """Rows stay as they are; of what has gone nothing is left. A name is never markup."""
     page, four = chromium.new_page(viewport=DESK), "<b>four"
-    _stream(page, told(["one", "two"], COLD), told(["two", "three"]), told(["two", four]))
+    _stream(page, report(["one", "two"], COLD), report(["two", "three"]), report(["two", four]))
     page.goto(site)
     shows(page, "#cold", "one")
     row(page, "two").get_by_role("button").focus()
@@ -419,7 +423,7 @@ def test_a_file_draws_a_timeline(
     assert complaints == [file.as_uri()]
 
 
-def told(names: list[str], *cold: Any, operator: bool = False) -> dict[str, Any]:
+def report(names: list[str], *cold: Any, operator: bool = False) -> dict[str, Any]:
     plain = {"tier": "disk", "state": "present", "layers": None, "bytes": 1, "leases": 0}
     rows = {name: plain | {"name": name, "named": True, "error": None} for name in names}
     return {"base": "base", "operator": operator, "cold": cold, "rows": rows}

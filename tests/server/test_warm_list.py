@@ -16,7 +16,7 @@ import pytest
 from event_loops import until
 from scheduler_world import warm
 from tiny_loaders import loader
-from tiny_sources import is_resident, over, stocked
+from tiny_sources import is_resident, make_source, over
 
 from engines.conftest import watched
 from lorax_async.loader import AdapterLoader
@@ -46,7 +46,7 @@ async def use(there: AdapterLoader, listed: WarmList, *adapters: Any) -> None:
 
 
 async def test_it_names_what_is_on_the_device_last_used_first(tmp_path: Path, path: Path) -> None:
-    source = stocked(tmp_path, "one", "two", "three")
+    source = make_source(tmp_path, "one", "two", "three")
     async with over(source, max_slots=2) as there, WarmList(path, there, pause=0) as listed:
         await use(there, listed, "one", "two")
         await until(lambda: named(path) == ["two", "one"])
@@ -57,7 +57,10 @@ async def test_it_names_what_is_on_the_device_last_used_first(tmp_path: Path, pa
 
 
 async def test_few_names_are_looked_up(tmp_path: Path, path: Path, monkeypatch: Patch) -> None:
-    async with over(stocked(tmp_path, "one")) as there, WarmList(path, there, pause=0) as listed:
+    async with (
+        over(make_source(tmp_path, "one")) as there,
+        WarmList(path, there, pause=0) as listed,
+    ):
         await warm(there, "one")
         for number in range(500):
             listed.record_use(f"another/{number}")
@@ -70,7 +73,7 @@ async def test_few_names_are_looked_up(tmp_path: Path, path: Path, monkeypatch: 
 @pytest.mark.parametrize("kind", ["id", "operator's", "path"])
 async def test_the_next_server_brings_them_back(tmp_path: Path, path: Path, kind: str) -> None:
     """With the operator's authority where it named them; a path is one again, in any bytes."""
-    source = stocked(tmp_path, "one", "two")
+    source = make_source(tmp_path, "one", "two")
     folder = (tmp_path / "one").rename(tmp_path / os.fsdecode(b"\xff")) if kind == "path" else None
     ref: Any = {"id": "one", "path": folder}.get(kind, AdapterRef("one", use_token=True))
     server = loader if kind == "path" else partial(over, source)
@@ -87,7 +90,7 @@ async def test_the_next_server_brings_them_back(tmp_path: Path, path: Path, kind
 
 
 async def test_tokens_are_not_written(tmp_path: Path, path: Path) -> None:
-    async with over(stocked(tmp_path, "one")) as there, WarmList(path, there) as listed:
+    async with over(make_source(tmp_path, "one")) as there, WarmList(path, there) as listed:
         await use(there, listed, AdapterRef("one", token="SECRET"))
     assert named(path) == []
 
@@ -96,7 +99,7 @@ async def test_tokens_are_not_written(tmp_path: Path, path: Path) -> None:
 async def test_an_adapter_still_coming_stays_named(tmp_path: Path, path: Path, comes: bool) -> None:
     """Killed meanwhile, the list is what it was; at the end it comes no further."""
     path.write_text(json.dumps({"adapters": [{"id": "one", "source": None, "revision": None}]}))
-    source = stocked(tmp_path, "one")
+    source = make_source(tmp_path, "one")
     source.hold("one")
     async with over(source) as there:
         async with WarmList(path, there, pause=0) as listed:
@@ -149,7 +152,7 @@ def disk(path: Path, monkeypatch: Patch) -> Iterator[Disk]:
 
 
 async def test_changes_during_a_write_are_written(tmp_path: Path, path: Path, disk: Disk) -> None:
-    source = stocked(tmp_path, "one", "two")
+    source = make_source(tmp_path, "one", "two")
     async with over(source) as there, WarmList(path, there, pause=0) as listed:
         await use(there, listed, "two", "one")
         await until(lambda: named(path) == ["one", "two"])
@@ -165,7 +168,7 @@ async def test_changes_during_a_write_are_written(tmp_path: Path, path: Path, di
 
 
 async def test_leaving_waits_for_what_is_written(tmp_path: Path, path: Path, disk: Disk) -> None:
-    async with over(stocked(tmp_path, "one")) as there:
+    async with over(make_source(tmp_path, "one")) as there:
         listed = await WarmList(path, there, pause=0).__aenter__()
         disk.free.clear()
         await use(there, listed, "one")
@@ -187,7 +190,7 @@ async def test_leaving_waits_for_what_is_written(tmp_path: Path, path: Path, dis
 
 
 async def test_one_write_a_pause_and_one_at_the_end(tmp_path: Path, path: Path, disk: Disk) -> None:
-    async with over(stocked(tmp_path, "one", "two")) as there:
+    async with over(make_source(tmp_path, "one", "two")) as there:
         async with WarmList(path, there, pause=1e6) as listed:
             listed.record_use("one")
             await until(lambda: disk.ended)

@@ -82,7 +82,7 @@ def scaled_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "IN_FLIGHT_BYTES", IN_FLIGHT_BYTES)
 
 
-def stocked(folders: dict[str, tuple[bytes, bytes]]) -> FakeSource:
+def make_source(folders: dict[str, tuple[bytes, bytes]]) -> FakeSource:
     source = FakeSource()
     for name, files in folders.items():
         source.put(name, *files)
@@ -152,6 +152,6 @@ def test_the_others_hardly_wait(
     run: Run, folders: dict[str, tuple[bytes, bytes]], beside: tuple[str, ...], io_threads: int
 ) -> None:
     for seed in range(SEEDS):
-        alone = run(times(stocked(folders), (), io_threads=io_threads, seed=seed))
-        among = run(times(stocked(folders), beside, io_threads=io_threads, seed=seed))
+        alone = run(times(make_source(folders), (), io_threads=io_threads, seed=seed))
+        among = run(times(make_source(folders), beside, io_threads=io_threads, seed=seed))
         assert median(among) <= WITHIN * median(alone)

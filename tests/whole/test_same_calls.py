@@ -10,7 +10,7 @@ import pytest
 import tiny
 from event_loops import until
 from tiny_loaders import ONE, fails
-from tiny_sources import is_resident, stocked
+from tiny_sources import is_resident, make_source
 
 from lorax_async import (
     AdapterHandle,
@@ -73,7 +73,7 @@ async def _script(loader: AdapterLoader, base: Path) -> None:
 
 
 async def _play(make: Callable[[ModelLayout], Device], base: Path) -> list[tuple[object, ...]]:
-    source = stocked(base, *"abcd", "broken", rank=RANK, holdable=True)
+    source = make_source(base, *"abcd", "broken", rank=RANK, holdable=True)
     source.fail("read", errors.TransferError("as told"), id="broken", at=4096)
     layout, heard = tiny.layout(), list[tuple[object, ...]]()
     config = LoaderConfig(device_bytes=BYTES, staging_bytes=1 << 17, max_slots=2, io_threads=1)

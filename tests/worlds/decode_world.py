@@ -62,7 +62,7 @@ async def generating(
         assert not [name for name in names if name.startswith("lorax engine")]
 
 
-def asked(prompt: Prompt, new: int, adapter: AdapterId | None = None, **more: Any) -> Generation:
+def generate(prompt: Prompt, new: int, adapter: AdapterId | None = None, **more: Any) -> Generation:
     return Generation(adapter, tuple(prompt), new, **{"sampling": GREEDY, **more})
 
 

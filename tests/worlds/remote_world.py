@@ -270,7 +270,7 @@ async def opened(
     return await world.source.open(key, control or FetchControl())
 
 
-async def brought(world: RemoteWorld, name: str = "one") -> AdapterFile:
+async def fetch_file(world: RemoteWorld, name: str = "one") -> AdapterFile:
     file = await opened(world, name)
     await world.source.fetch_groups(file, [], lambda _: None, FetchControl())
     return file

@@ -50,7 +50,7 @@ async def fetch_all(source: Source, file: AdapterFile, content: bytes) -> None:
     await source.fetch_groups(file, groups_of(content), lambda _: None, FetchControl())
 
 
-async def brought(
+async def fetch_content(
     world: World, content: bytes, span: ByteSpan | None = None
 ) -> tuple[AdapterFile, AdapterKey]:
     """Open an adapter, and fetch all of it, or these bytes."""
@@ -112,7 +112,7 @@ class SourceConformance:
 
     async def test_an_opened_adapter_has_config_and_header(self, world: World) -> None:
         content = weights(1)
-        file, _ = await brought(world, content)
+        file, _ = await fetch_content(world, content)
         assert file.config == CONFIG
         assert content.startswith(file.prefix)
         assert len(file.prefix) >= header_bytes(content)
@@ -143,7 +143,7 @@ class SourceConformance:
     @pytest.mark.parametrize("reopened", [False, True])
     async def test_scattered_reads_give_the_file(self, world: World, reopened: bool) -> None:
         content = weights(1, {"note": "x" * 9000})
-        file, key = await brought(world, content)
+        file, key = await fetch_content(world, content)
         reader = world.source.reopen(key) if reopened else file.reader
         whole = memoryview(bytearray(len(content)))
         cuts = [0, 0, *range(3, len(content), 7), len(content)]
@@ -163,7 +163,7 @@ class SourceConformance:
         """Rows at odd offsets, without a gap, and a single one; not beyond the end."""
         content = weights(1)
         start, size = header_bytes(content), len(content)
-        file, key = await brought(world, content)
+        file, key = await fetch_content(world, content)
         reader = world.source.reopen(key) if reopened else file.reader
         for first, nbytes, rows, pitch in ROWS:
             span = ByteSpan(start + first, start + first + nbytes, rows, pitch)
@@ -183,7 +183,7 @@ class SourceConformance:
         content = weights(1)
         start = header_bytes(content)
         span = ByteSpan(start + 24, start + 48, 4, 96)
-        file, _ = await brought(world, content, span)
+        file, _ = await fetch_content(world, content, span)
         assert read_rows(file.reader, span) == rows_of(content, span)
         wider = ByteSpan(span.start, span.stop + 1, 4, 96)
         try:
@@ -214,7 +214,7 @@ class SourceConformance:
 
     async def test_no_read_mixes_versions(self, world: World) -> None:
         content = weights(1)
-        file, key = await brought(world, content)
+        file, key = await fetch_content(world, content)
         world.put("one", CONFIG, weights(2))
         rows = ByteSpan(header_bytes(content), header_bytes(content) + 12, 4, 96)
         for reader in (file.reader, world.source.reopen(key)):
@@ -234,7 +234,7 @@ class SourceConformance:
     async def test_a_digest_is_that_of_the_weights(self, world: World) -> None:
         contents = [weights(1), weights(2, {"note": "x" * 9000})]
         for content in contents:
-            file, key = await brought(world, content)
+            file, key = await fetch_content(world, content)
             file.reader.close()
             assert await world.source.digest(key) == sha256(content).hexdigest()
         world.put("one", CONFIG, weights(3))
@@ -294,7 +294,7 @@ class PopulateConformance:
     @pytest.mark.parametrize("closed", [False, True])
     async def test_a_map_leaves_readers_alone(self, world: HoldingWorld, closed: bool) -> None:
         content = weights(1)
-        file, key = await brought(world, content)
+        file, key = await fetch_content(world, content)
         with mapped(await held(world.source, key, holdable=world.holds)) as pages:
             if closed and pages is not None:
                 pages.close()

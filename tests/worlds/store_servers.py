@@ -309,7 +309,7 @@ def located(id: str, revision: str | None = None) -> LocatedAdapter:
         return asyncio.run(made.locate(AdapterRef(id, revision=revision)))
 
 
-def brought(file: RemoteFile) -> bytes:
+def download_file(file: RemoteFile) -> bytes:
     """Download by ranges as a source does: the beginning, then the rest on many connections."""
     assert file.nbytes is not None
     with engine(4, timeouts=PATIENT) as fetching:

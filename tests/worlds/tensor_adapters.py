@@ -29,7 +29,7 @@ def used(there: AdapterLoader) -> int:
     return there.placement().usage.memory_bytes.used
 
 
-def kept(there: AdapterLoader) -> int:
+def held_bytes(there: AdapterLoader) -> int:
     """Return the bytes of adapters in host memory: equals `used` when no call runs."""
     return sum(where.host_bytes for where in there.placement().adapters.values())
 

@@ -17,7 +17,7 @@ from lorax_async.types import AdapterId
 WEIGHTS = "adapter_model.safetensors"
 
 
-def stocked(base: Path, *names: str, rank: int = 4, holdable: bool = False) -> FakeSource:
+def make_source(base: Path, *names: str, rank: int = 4, holdable: bool = False) -> FakeSource:
     """Return a source with a different adapter per name; `base / name` has the same files."""
     source = FakeSource(holdable=holdable)
     for seed, name in enumerate(names):
