@@ -1,7 +1,8 @@
-"""A throttled link: files over HTTP from one process, each connection at its own rate.
+"""A throttled link: files over HTTP from one process, by a rate per connection, or one for all.
 
 Each TCP connection has one token bucket, which goes on from request to request, so that many small
-ranges are as slow as one large. Before each response a fixed delay passes.
+ranges are as slow as one large; with `--shared`, all connections have one bucket, and take turns.
+Before each response a fixed delay passes.
 
     python benchmarks/link.py --rate 20e6 --delay 0.01 name=path …     # prints its port as JSON
 
@@ -35,6 +36,7 @@ from urllib.request import ProxyHandler, build_opener
 
 BURST = 64 << 10
 _QUANTUM = BURST // 2
+_SHARED_QUANTUM = 16 << 10
 _TARGET = re.compile(r"(?:http://[^/]*)?(/[^?]*)(\?reset)?.*")
 """The path of a request, which may name its URL whole."""
 
@@ -42,15 +44,28 @@ _RANGE = re.compile(rb"\r\nrange: *bytes=(\d+)-(\d*)\r\n", re.IGNORECASE)
 
 
 @dataclass(slots=True, eq=False)
+class Bucket:
+    """Tokens for bytes."""
+
+    rate: float
+    tokens: float = BURST
+    filled: float = field(default_factory=monotonic)
+
+    def fill(self) -> None:
+        now = monotonic()
+        self.tokens = min(float(BURST), self.tokens + (now - self.filled) * self.rate)
+        self.filled = now
+
+
+@dataclass(slots=True, eq=False)
 class Client:
-    """One connection: what it has sent, what it is being sent, and its bucket."""
+    """One connection: what it has sent, what it is being sent, and where its tokens come from."""
 
     socket: socket.socket
+    bucket: Bucket
     asked: bytes = b""
     head: bytes = b""
     body: memoryview = field(default_factory=lambda: memoryview(b""))
-    tokens: float = BURST
-    filled: float = field(default_factory=monotonic)
     busy: bool = False
     free: bool = False
     blocked: bool = False
@@ -68,8 +83,12 @@ class LinkServer:
         delay: float,
         stall_after: int = 0,
         commit: str = "",
+        *,
+        shared: bool = False,
     ) -> None:
         self._stall_after = stall_after
+        self._shared = Bucket(rate) if shared else None
+        self._quantum = _SHARED_QUANTUM if shared else _QUANTUM
         self._files = {f"/{name}": _content(path) for name, path in files.items()}
         self._etags = {name: f'"{zlib.crc32(data):08x}"' for name, data in self._files.items()}
         self._described = {
@@ -110,7 +129,7 @@ class LinkServer:
         connected, _ = self._listener.accept()
         connected.setblocking(False)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._clients[connected.fileno()] = Client(connected)
+        self._clients[connected.fileno()] = Client(connected, self._shared or Bucket(self._rate))
 
     def _read(self, client: Client) -> None:
         try:
@@ -198,25 +217,23 @@ class LinkServer:
                 client.socket.send(client.body[: self._stall_after])
                 client.body = memoryview(b"")
                 return  # busy for good
-            most = len(client.body)
+            most, bucket = len(client.body), client.bucket
             if self._rate and not client.free:
-                self._fill(client)
-                enough = min(most, _QUANTUM)
-                if client.tokens < enough:
-                    self._later(client, (enough - client.tokens) / self._rate)
+                bucket.fill()
+                enough = min(most, self._quantum)
+                if bucket.tokens < enough:
+                    self._later(client, (enough - bucket.tokens) / self._rate)
                     return
-                most = min(most, int(client.tokens))
+                most = min(most, enough if self._shared else int(bucket.tokens))
             sent = client.socket.send(client.body[: min(most, 1 << 20)])
-            client.tokens -= sent
+            bucket.tokens -= 0 if client.free else sent
             client.body = client.body[sent:]
             self.counts["bytes"] += 0 if client.free else sent
+            if self._shared and client.body and not client.free:
+                self._later(client, 0.0)  # the others' turn
+                return
         client.busy = False
         self._next(client)
-
-    def _fill(self, client: Client) -> None:
-        now = monotonic()
-        client.tokens = min(float(BURST), client.tokens + (now - client.filled) * self._rate)
-        client.filled = now
 
     def _close(self, client: Client) -> None:
         self._clients.pop(client.socket.fileno(), None)
@@ -267,6 +284,8 @@ def hub_files(repo: str, commit: str, folder: Path, work: Path) -> dict[str, Pat
 class Link:
     """The server, started in a process of its own; `rate` 0 is no throttle. Closes with `with`.
 
+    The rate is that of each connection, or if `shared` of all together.
+
     With `stall_after`, each response stalls after so many bytes of its body.
     """
 
@@ -278,10 +297,11 @@ class Link:
         delay: float,
         stall_after: int = 0,
         commit: str = "",
+        shared: bool = False,
     ) -> None:
         named = [f"{name}={path}" for name, path in files.items()]
         settings = ["--rate", str(rate), "--delay", str(delay), "--stall-after", str(stall_after)]
-        settings += ["--commit", commit]
+        settings += ["--commit", commit, *(["--shared"] if shared else [])]
         command = [sys.executable, __file__, *settings, *named]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
         self.pid = self._process.pid
@@ -315,10 +335,12 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=0.01, help="seconds before each response")
     parser.add_argument("--stall-after", type=int, default=0, help="bytes of a body; 0: never")
     parser.add_argument("--commit", default="", help="describe files as the hub does, at this one")
+    parser.add_argument("--shared", action="store_true", help="the rate is that of all together")
     parser.add_argument("files", nargs="+", help="name=path")
     given = parser.parse_args()
     files = {name: Path(path) for name, _, path in (each.partition("=") for each in given.files)}
-    server = LinkServer(files, given.rate, given.delay, given.stall_after, given.commit)
+    how = given.rate, given.delay, given.stall_after, given.commit
+    server = LinkServer(files, *how, shared=given.shared)
     print(json.dumps({"port": server.port}), flush=True)
     server.serve()
 

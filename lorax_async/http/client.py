@@ -8,19 +8,19 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address
 from itertools import count
 from threading import Lock, Thread
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from lorax_async.concurrency import SharedResource, close_all, complete
 from lorax_async.errors import AccessDeniedError, FetchError
 from lorax_async.formats.spans import ByteRange
 from lorax_async.http.connection import Attempt, Connection, ResponseHead
 from lorax_async.http.failures import DENIED, RetryableError, io_error, lookup_error
-from lorax_async.http.ranges import LinkEstimate
+from lorax_async.http.link_model import LinkEstimate, LinkModel, Reception
 from lorax_async.http.settings import HttpSettings, Proxies, Proxy, Rules, is_public, tls_context
 from lorax_async.http.target import ResolvedLocation, Target, Validators
 from lorax_async.telemetry import Span, Tracer
@@ -316,37 +316,44 @@ _DRAINED_BYTES = 16 << 10
 """A rest of a body up to this is read: cheaper than another connection."""
 
 _MEASURED_BYTES = 128 << 10
-UNKNOWN = LinkEstimate(delay=0.02, rate=5e6)
-"""Guessed low: a first wave too many costs one delay, one too few makes layer 0 as late as all."""
-
 _MAX_ORIGINS = 256
-_NEWEST_WEIGHT = 0.3
 
 
-class LinkStatistics:
-    """Time to first byte and throughput of a connection per origin, of those used last.
+class LinkModels:
+    """The link model of each origin, of those used last. From any thread."""
 
-    From any thread.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._lock = Lock()
-        self._measured: OrderedDict[Origin, dict[str, float]] = OrderedDict()
+        self._models: OrderedDict[Origin, LinkModel] = OrderedDict()
 
-    def link(self, origin: Origin) -> LinkEstimate:
-        """Return what was measured, and guesses for what was not."""
+    def estimate(self, origin: Origin) -> LinkEstimate:
         with self._lock:
-            return replace(UNKNOWN, **self._measured.get(origin, {}))
+            return self._models.get(origin, _UNKNOWN).estimate()
 
-    def record(self, origin: Origin, what: Literal["delay", "rate"], value: float) -> None:
-        """Record seconds to the head of a response, or bytes per second of its body."""
+    def began(self, origin: Origin, delay: float) -> Reception:
+        """Record the head of a response and the seconds that it took."""
         with self._lock:
-            measured = self._measured.setdefault(origin, {})
-            before = measured.get(what, value)
-            measured[what] = before + _NEWEST_WEIGHT * (value - before)
-            self._measured.move_to_end(origin)
-            if len(self._measured) > _MAX_ORIGINS:
-                self._measured.popitem(last=False)
+            model = self._models.setdefault(origin, LinkModel())
+            self._models.move_to_end(origin)
+            if len(self._models) > _MAX_ORIGINS:
+                self._models.popitem(last=False)
+            return model.began(self._clock(), delay)
+
+    def received(self, origin: Origin, reception: Reception, nbytes: int) -> bool:
+        """Record bytes of a response; return whether the origin's estimate differs now."""
+        with self._lock:
+            model = self._models.get(origin)
+            return model is not None and model.received(reception, self._clock(), nbytes)
+
+    def ended(self, origin: Origin) -> None:
+        """Record that nothing more is read of a response."""
+        with self._lock:
+            if (model := self._models.get(origin)) is not None:
+                model.ended(self._clock())
+
+
+_UNKNOWN = LinkModel()
 
 
 @dataclass(slots=True)
@@ -359,7 +366,10 @@ class Response:
     location: ResolvedLocation
     attempt: Attempt
     request_span: Span
+    reception: Reception
     received: int = 0
+    link_differs: bool = False
+    """Whether the estimate of the link changed with the bytes that came last."""
 
     @property
     def rate(self) -> float | None:
@@ -377,6 +387,9 @@ class Response:
         except OSError as error:
             raise io_error(error, str(self.location.url)) from error
         self.received += count
+        self.link_differs = self.client.links.received(
+            self.location.url.origin, self.reception, count
+        )
         return count
 
     def release(self) -> None:
@@ -385,8 +398,7 @@ class Response:
         connection = self.connection
         outcome = "whole" if connection.body_ended else "left"
         self.request_span.end(bytes=self.received, outcome=outcome)
-        if self.rate is not None:
-            self.client.links.record(self.location.url.origin, "rate", self.rate)
+        self.client.links.ended(self.location.url.origin)
         if connection.is_reusable:
             self.client.pool.put(connection)
         else:
@@ -399,7 +411,7 @@ class HttpClient:
 
     settings: HttpSettings
     pool: ConnectionPool
-    links: LinkStatistics
+    links: LinkModels
     clock: Callable[[], float]
     tracer: Tracer
 
@@ -487,9 +499,9 @@ class HttpClient:
             request_span.end(bytes=0, outcome="failed")
             connection.close()
             raise
-        self.links.record(url.origin, "delay", self.clock() - begun)
         request_span.set(status=head.status)
-        return Response(self, connection, head, location, attempt, request_span)
+        reception = self.links.began(url.origin, self.clock() - begun)
+        return Response(self, connection, head, location, attempt, request_span, reception)
 
     def _fields(
         self,

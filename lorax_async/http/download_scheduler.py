@@ -133,6 +133,9 @@ class DownloadPiece:
     received: int = 0
     progress_mark: int = 0
     rate: float | None = None
+    begun: float = 0.0
+    """When it was requested last."""
+
     not_before: float = 0.0
     tried: bool = False
     """Whether a request for it failed, or was ended for another job."""
@@ -426,6 +429,7 @@ class DownloadScheduler:
 
     def _begin(self, job: Job[Any], piece: DownloadPiece) -> Task:
         attempt = Attempt(job.origin)
+        piece.begun = self.clock()
         job.running[attempt] = piece
         self.activity.begun(attempt)
         return job, piece, attempt
@@ -574,7 +578,7 @@ class WorkerPool:
             if self.closed:
                 raise FetchError("the downloader is closed", retryable=False)
             self._scheduler.jobs.append(job)
-            self._scheduler.changed.notify(len(job.pending))
+            self._scheduler.changed.notify(job.wanted(self._scheduler.clock()))
         failure = None
         with self._spawning:
             if self._timer is None and not self.closed:
@@ -657,7 +661,8 @@ class WorkerPool:
             failure.__cause__ = error
         with self._scheduler.changed:
             job.leave(attempt, failure)
-            if job.pending:  # for another thread, too: this one looks itself
+            # For another thread, too: this one looks itself.
+            if job.wanted(self._scheduler.clock()) > len(job.running):
                 self._scheduler.changed.notify()
         self._scheduler.finish(job)
 

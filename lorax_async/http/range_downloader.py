@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +15,12 @@ from typing import TypeVar
 
 from lorax_async.errors import AccessDeniedError, AdapterNotFoundError, FetchError, IntegrityError
 from lorax_async.formats.spans import ByteRange
-from lorax_async.http.client import ConnectionPool, HttpClient, LinkStatistics, Network, Response
+from lorax_async.http.client import ConnectionPool, HttpClient, LinkModels, Network, Response
 from lorax_async.http.connection import Attempt
 from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, Job, WorkerPool
 from lorax_async.http.failures import AbortedError, RetryableError, broken_off
-from lorax_async.http.ranges import GroupArrivals, Wave, plan_waves, split_of
+from lorax_async.http.link_model import LinkEstimate
+from lorax_async.http.ranges import GroupArrivals, RangePlan, split_of
 from lorax_async.http.settings import HttpSettings
 from lorax_async.http.target import (
     Content,
@@ -42,9 +44,14 @@ _PROBE_READ_BYTES = 16 << 10
 _CONNECT_SECONDS = 0.005
 """What a new connection costs here, however near the server is."""
 
-_READ_BYTES = 256 << 10
+_READ_BYTES = 32 << 10
 _READ_SECONDS = 0.02
-"""Read what comes in this time at once: few calls on a fast link, early reports on a slow one."""
+"""Read at first this many bytes at once, then as many as came before, at most what comes in this
+time: few calls on a fast link, early reports on a slow one.
+"""
+
+_SPLIT_AFTER = 0.25
+"""Seconds before a piece may be called slow: a connection, and this machine, may pause."""
 
 _KEPT_BYTES = 512 << 10
 _KEPT_SECONDS = 0.1
@@ -156,7 +163,7 @@ class ProbeRequest(_FileJob[ProbeResult]):
     def _read_on(self, response: Response, data: memoryview) -> int:
         """Read while another connection would bring nothing yet; return how many bytes came."""
         clock, got, count = self.scheduler.clock, 0, 1
-        delay = self._client.links.link(response.location.url.origin).delay
+        delay = self._client.links.estimate(response.location.url.origin).delay
         self.deadline = until = min(self.deadline, clock() + _CONNECT_SECONDS + 2 * delay)
         with suppress(AbortedError, RetryableError, FetchError):  # others request what is missing
             while count and got < len(data) and clock() < until:
@@ -176,7 +183,7 @@ Sink = Callable[[int, memoryview], object]
 
 
 class Download(_FileJob[None]):
-    """Fetch the waves' pieces in order.
+    """Fetch the plan's pieces, in the order in which it cuts them.
 
     `arrived` is called with each group that is complete, by the thread that wrote its last byte.
     """
@@ -186,17 +193,19 @@ class Download(_FileJob[None]):
         scheduler: DownloadScheduler,
         client: HttpClient,
         probe: ProbeResult,
-        waves: Sequence[Wave],
+        plan: RangePlan,
         arrivals: GroupArrivals,
         sink: Sink,
         arrived: Callable[[int], None],
         *,
+        connections: int,
         least: int,
         urgency: int,
         timeout: float,
     ) -> None:
         super().__init__(scheduler, urgency, timeout)
         self._client = client
+        self._connections = connections
         self._target = probe.target
         self._location = probe.location
         self._validators = probe.validators
@@ -204,37 +213,73 @@ class Download(_FileJob[None]):
         self._arrived = arrived
         self._least = least
         self._arrivals = arrivals
-        self.pending = [
-            DownloadPiece(n, *span)
-            for n, span in enumerate(piece for wave in waves for piece in wave)
-        ]
-        self.over = not self.pending
-        self._stop = max((piece.stop for piece in self.pending), default=0)
+        self._plan = plan
+        self._order = 0
+        self.over = not plan.left
+        self._stop = plan.stop
         self.hands_over = probe.ranges
         self._whole = None if probe.ranges else DownloadPiece(0, 0, self._stop)
         """All of the file in one response, which brings the pending pieces."""
 
+        if self._whole is not None:
+            self._take_plan()
+
     # -- with the lock ----------------------------------------------------------------------------
 
     def wanted(self, now: float) -> int:
-        if self._whole is None:
-            return super().wanted(now)
-        ready = now >= max(self.not_before, self._whole.not_before)
-        return max(len(self.running), int(ready))
+        used = len(self.running)
+        if self._whole is not None:
+            ready = now >= max(self.not_before, self._whole.not_before)
+            return max(used, int(ready))
+        wanted = super().wanted(now)
+        if self._plan.left and now >= self.not_before:
+            pace = self._plan.pace(self._link(), self._most)
+            wanted = max(wanted, min(int(self.limit), pace.connections))
+        return wanted
+
+    @property
+    def _most(self) -> int:
+        """How many connections it may have."""
+        return max(1, min(self._connections, int(self.limit)))
+
+    def _link(self) -> LinkEstimate:
+        return self._client.links.estimate(self.origin)
 
     def take(self, now: float) -> DownloadPiece | None:
-        return self._whole or super().take(now)
+        if self._whole is not None:
+            return self._whole
+        piece = super().take(now)
+        if piece is not None or now < self.not_before:
+            return piece
+        flight = sum(piece.stop - piece.at for piece in self.running.values())
+        span = self._plan.take(self._link(), self._most, len(self.running), flight)
+        return None if span is None else self._piece(span)
+
+    def _piece(self, span: ByteRange) -> DownloadPiece:
+        self._order += 1
+        return DownloadPiece(self._order, *span)
+
+    def _take_plan(self) -> None:
+        """Let the response of the whole file bring what was not requested."""
+        self.pending += map(self._piece, self._plan.take_all())
 
     def split(self, now: float) -> DownloadPiece | None:
-        """Cut a part off the piece that has most left, where that saves time."""
-        if self._whole is not None or now < self.not_before or len(self.running) >= int(self.limit):
+        """Cut a part off the piece that has most left, where that saves time.
+
+        Only a piece that is slow beside the others is: on a link that they share, or on a machine
+        that is busy, all are, and another request would bring nothing.
+        """
+        if self._whole is not None or now < self.not_before or len(self.running) >= self._most:
             return None
-        link = self._client.links.link(self.origin)
-        for piece in sorted(self.running.values(), key=lambda each: each.claimed - each.stop):
+        link, pieces = self._link(), list(self.running.values())
+        for piece in sorted(pieces, key=lambda each: each.claimed - each.stop):
             left = (max(piece.at, piece.claimed), piece.stop)
-            if piece.rate is None or left[0] >= left[1]:
+            if piece.rate is None or left[0] >= left[1] or now - piece.begun < _SPLIT_AFTER:
                 continue
-            cut = split_of(left, max(piece.rate, 1.0), link, self._least)
+            others = [each.rate for each in pieces if each is not piece and each.rate is not None]
+            usual = statistics.median(others) if others else link.rate or 0.0
+            rate = max(piece.rate, 1.0)
+            cut = split_of(left, rate, max(usual, 1.0), link.delay, self._least)
             if cut is not None:
                 part = DownloadPiece(piece.order, cut, piece.stop)
                 piece.stop = cut
@@ -246,7 +291,7 @@ class Download(_FileJob[None]):
             self.put_back(piece)
         else:  # after throttling: one more after each round that went well
             self.limit = min(self.limit + 1 / self.limit, float(self.scheduler.connections))
-        self.over = not self.pending and not self.running
+        self.over = not self.pending and not self.running and not self._plan.left
 
     def put_back(self, piece: DownloadPiece) -> None:
         if piece is not self._whole:  # `take` returns that one
@@ -276,7 +321,8 @@ class Download(_FileJob[None]):
                 raise broken_off(str(response.location.url))
             self._write(piece.at, buffer[:got])
             rate = response.rate
-            at_once = min(len(buffer), max(_READ_BYTES, int((rate or 0.0) * _READ_SECONDS)))
+            at_once = max(_READ_BYTES, int((rate or 0.0) * _READ_SECONDS))
+            at_once = min(len(buffer), at_once, max(_READ_BYTES, response.received))
             with self.scheduler.changed:
                 complete = self._arrivals.landed((piece.at, piece.at + got))
                 piece.at += got
@@ -284,6 +330,8 @@ class Download(_FileJob[None]):
                 piece.rate = rate
                 self.received += got
                 count = self._claim(piece, at_once)
+                if response.link_differs and self._plan.left:
+                    self.scheduler.changed.notify_all()
             for group in complete:
                 self._arrived(group)
 
@@ -311,6 +359,7 @@ class Download(_FileJob[None]):
                 self._whole, self.hands_over = DownloadPiece(0, 0, self._stop), False
                 Job.put_back(self, piece)
                 piece.claimed = piece.at
+                self._take_plan()
                 self.running[attempt] = self._whole
                 for other in self.running:
                     if other is not attempt:
@@ -378,7 +427,7 @@ class RangeDownloader:
         tracer: Tracer | None = None,
     ) -> None:
         self._settings = settings = settings or HttpSettings()
-        self._links = LinkStatistics()
+        self._links = LinkModels(clock)
         tracer = tracer or Tracer()
         self._pool = ConnectionPool(settings, network or Network(), clock, tracer)
         self._client = HttpClient(settings, self._pool, self._links, clock, tracer)
@@ -436,16 +485,12 @@ class RangeDownloader:
         for n, spans in enumerate(groups):
             if not spans:
                 arrived(n)
-        origin, sizes = probe.location.url.origin, self._settings.sizes
-        waves = plan_waves(
-            groups,
-            first=1 + next((n for n, spans in enumerate(groups) if spans), 0),
-            connections=self._scheduler.connections_for(origin, urgency),
-            link=self._links.link(origin),
-            sizes=sizes,
-        )
+        first = 1 + next((n for n, spans in enumerate(groups) if spans), 0)
+        sizes = self._settings.sizes
+        plan = RangePlan(groups, first, sizes)
         job = Download(
-            *(self._scheduler, self._client, probe, waves, GroupArrivals(groups), sink, arrived),
+            *(self._scheduler, self._client, probe, plan, GroupArrivals(groups), sink, arrived),
+            connections=self._scheduler.connections_for(probe.location.url.origin, urgency),
             least=sizes.least,
             urgency=urgency,
             timeout=timeout,

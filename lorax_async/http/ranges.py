@@ -1,55 +1,58 @@
-"""Plan a download's ranges and their order, and track which layer groups have arrived."""
+"""Plan what a download requests next, and track which layer groups have arrived."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from math import ceil
+from typing import NamedTuple
 
 from lorax_async.errors import InternalError
 from lorax_async.formats.spans import ByteRange, SpanSet
-
-Wave = tuple[ByteRange, ...]
-"""Pieces that are requested together, one request each, in file order."""
+from lorax_async.http.link_model import LinkEstimate
 
 KiB = 1 << 10
 MiB = 1 << 20
 
-FIRST_WAVE_COST = 0.15
-"""The delay of a separate first wave may be this fraction of the time of all bytes."""
+_FIRST_CONNECTIONS = 4
+"""Used at an origin of which nothing is known: enough to see whether they share a rate."""
 
-LATER_WAVES_COST = 0.05
-"""The same for all later waves together."""
+_FIRST_PART = 1 / 25
+"""Of the file, requested before anything is known."""
 
-_LATER_PIECE_SECONDS = 0.005
-"""Smaller pieces, or pieces of less than ten delays, cost more than their order gains."""
+_FIRST_SECONDS = 0.01
+"""A first piece is as large as one connection brings in this time, or in its delay if longer."""
 
-_LATER_PIECE_BYTES = 96 * KiB
-"""The same in bytes, for a rate that is only a guess."""
+_FLIGHT_PART = 1 / 32
+"""Of the file, in flight where that is enough: layers come in order but for this."""
 
-_MACHINE_RATE = 1e9
-"""Bytes per second that a machine receives, writes and copies, about. On a faster link, requests
-cost its CPU time: 84 MB took 63 ms of it in 8 requests, 76 in 16 and 97 in 50.
+_TURN_SECONDS = 0.002
+"""Of the whole link, for each piece: a request costs 0.5 ms of a core."""
+
+_FILLED = 2.0
+"""Delays of the link that are in flight where connections share a rate. One is needed to hide a
+delay; with two, an estimate that is too low grows.
 """
 
-_REQUEST_SECONDS = 0.0005
-"""A request's CPU time, without its bytes."""
+_OWN_DELAYS = 25
+"""Where each connection has a rate of its own, its pieces last this many delays: 4 % are lost."""
 
-_LEAST_CONNECTIONS = 8
-"""Not fewer: the first bytes, which are measured, may come faster than the rest."""
+_FIRST_GROUP_COST = 0.15
+"""A delay for the first group alone may be this part of the time of all bytes, where that is known.
+"""
+
+_ORDER_COST = 0.05
+"""The same where it is not known, of the time that one connection would need: else order gains
+nothing.
+"""
 
 _SPLIT_SECONDS = 0.02
 """The least gain of a split: measured rates are inexact."""
 
-
-@dataclass(frozen=True, slots=True)
-class LinkEstimate:
-    """One connection's performance: seconds until a response begins, then bytes per second."""
-
-    delay: float
-    rate: float
+_SLOW = 0.5
+"""A straggler brings less than this part of what the others bring."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,90 +63,172 @@ class PieceSizes:
     most: int = 32 * MiB
 
 
-def plan_waves(
-    groups: Sequence[Sequence[ByteRange]],
-    *,
-    first: int,
-    connections: int,
-    link: LinkEstimate,
-    sizes: PieceSizes,
-) -> tuple[Wave, ...]:
-    """Return waves that request every byte of the groups once, in the groups' order.
+class Pace(NamedTuple):
+    """How many connections a download uses, and how many bytes each of them requests at once.
+
+    If it is `staggered`, what fewer connections than these request is smaller, so that they do not
+    end together: the link would pause for a delay.
+    """
+
+    connections: int
+    piece: float
+    staggered: bool = False
+
+
+class RangePlan:
+    """Cut a download into pieces while it runs.
 
     `groups` are the file's spans of each layer group, in the order to fetch them; no byte is in two
-    groups. The `first` ones are urgent; if none is, there is one wave. A wave is balanced for
-    `connections` pieces, by the measured `link` of one; for fewer if they are faster than the
-    machine.
+    groups. The `first` ones are urgent. In a round each connection has one piece: of the next
+    groups that have so many bytes, in the file's order, as only spans that are adjacent there can
+    share a request.
     """
-    nbytes = size_of(chain.from_iterable(groups))
-    connections = min(connections, max(_LEAST_CONNECTIONS, ceil(2 * _MACHINE_RATE / link.rate)))
-    seconds = nbytes / (connections * link.rate)
-    # While the machine waits for the link, requests cost nothing.
-    free_waves = int((seconds - nbytes / _MACHINE_RATE) / (connections * _REQUEST_SECONDS))
-    cuts = [0, len(groups)]
-    if first and free_waves > 0 and link.delay <= FIRST_WAVE_COST * seconds:
-        rest = groups[first:]
-        affordable = int(LATER_WAVES_COST * seconds / link.delay) if link.delay else len(rest)
-        affordable = min(affordable, free_waves)
-        piece = max(_LATER_PIECE_BYTES, link.rate * max(_LATER_PIECE_SECONDS, 10 * link.delay))
-        worth = int(size_of(chain.from_iterable(rest)) / (connections * piece))
-        count = max(1, min(affordable, worth, len(rest)))
-        cuts = [0, *(first + len(rest) * n // count for n in range(count + 1))]
-    waves = (
-        _balance(chain.from_iterable(groups[start:stop]), connections, sizes)
-        for start, stop in pairwise(cuts)
-    )
-    return tuple(wave for wave in waves if wave)
 
+    def __init__(
+        self, groups: Sequence[Sequence[ByteRange]], first: int, sizes: PieceSizes
+    ) -> None:
+        self._groups = groups
+        self._nbytes = [size_of(group) for group in groups]
+        self._first = first
+        self._sizes = sizes
+        self._total = self.left = sum(self._nbytes)
+        """Bytes in all, and those that were not requested."""
 
-def _balance(spans: Iterable[ByteRange], connections: int, sizes: PieceSizes) -> Wave:
-    """Cut the spans into pieces of equal size, one per connection or a multiple of that.
+        self.stop = max((stop for group in groups for _, stop in group), default=0)
+        """Where the last of them ends."""
 
-    A piece lies in one span. A cut is left out if a part would be smaller than `sizes.least`.
-    """
-    runs = SpanSet(span for span in spans if span[0] < span[1])
-    if not runs.nbytes:
-        return ()
-    rounds = -(-runs.nbytes // (connections * sizes.most))
-    parts = min(connections * rounds, runs.nbytes // sizes.least)
-    parts = max(1, parts, -(-runs.nbytes // sizes.most))
-    cuts = [runs.nbytes * n // parts for n in range(1, parts)]
-    pieces: list[ByteRange] = []
-    before = 0
-    for start, stop in runs:
-        begin = start
-        for cut in cuts:
-            at = start + cut - before
-            if at - begin >= sizes.least and stop - at >= sizes.least:
-                pieces += _limit(begin, at, sizes.most)
-                begin = at
-        pieces += _limit(begin, stop, sizes.most)
-        before += stop - start
-    return tuple(pieces)
+        self._first_bytes = max(sum(self._nbytes[:first]), self._total * _FIRST_PART)
+        self._next = 0
+        self._spans: list[ByteRange] = []
+        self._piece = 0.0
+        self._taken = 0
 
+    def pace(self, link: LinkEstimate, connections: int) -> Pace:
+        """Return the pace for this link, with so many connections at most."""
+        if not link.is_compared:
+            return self._first_pace(link, connections)
+        enough = min(connections, link.connections)
+        flow = link.flow * enough / link.connections
+        own = _OWN_DELAYS * link.delay * (link.rate or 0.0)
+        flight = self._total * _FLIGHT_PART / (enough + 1)
+        least = max(self._sizes.least, flight, flow * _TURN_SECONDS)
+        if enough == connections:
+            return Pace(connections, max(least, own))
+        waiting = _FILLED * flow * link.delay
+        spare = min(connections - enough, max(1, ceil(waiting / least)))
+        piece = max(least, min(own, waiting / spare))
+        return Pace(enough + spare, piece, staggered=True)
 
-def _limit(start: int, stop: int, most: int) -> list[ByteRange]:
-    parts = -(-(stop - start) // most)
-    return list(pairwise(start + (stop - start) * n // parts for n in range(parts + 1)))
+    def _first_pace(self, link: LinkEstimate, connections: int) -> Pace:
+        """Request little until it is known whether connections share a rate, then as much again."""
+        number = float(_FIRST_CONNECTIONS)
+        if link.rate is not None:
+            if link.delay > _ORDER_COST * self._total / link.rate:
+                return Pace(connections, self._total / connections)
+            seconds = max(link.delay, _FIRST_SECONDS)
+            number = max(number, self._first_bytes / (link.rate * seconds))
+        number = max(1, min(connections, int(number)))
+        again = min(self._total - self.left, self._total / 8)
+        piece = max(self._sizes.least, self._first_bytes / number, again / number)
+        return Pace(number, piece, staggered=link.rate is None)
+
+    def take(
+        self, link: LinkEstimate, connections: int, used: int, flight: int
+    ) -> ByteRange | None:
+        """Return the bytes to request next; None if `used` connections are enough.
+
+        `connections` is how many there may be; `flight` bytes are on their way.
+        """
+        pace = self.pace(link, connections)
+        if used >= pace.connections or not self.left:
+            return None
+        if not self._spans:
+            self._take_groups(link, connections, pace)
+        start, stop = self._spans[0]
+        if pace.staggered:
+            piece = min(self._piece, pace.piece) * 2 * (used + 1) / (pace.connections + 1)
+            parts = max(1, round((stop - start) / max(piece, self._sizes.least)))
+            cut = start + (stop - start) // parts
+        else:
+            least = max(self._sizes.least, 2 * link.delay * (link.rate or 0.0))
+            last = max(least, (self.left + flight) / pace.connections)
+            cut = self._cut_evenly(start, stop, last)
+        cut = min(cut, start + self._sizes.most)
+        self._spans[:1] = [(cut, stop)] if cut < stop else []
+        self._taken += cut - start
+        self.left -= cut - start
+        return start, cut
+
+    def _cut_evenly(self, start: int, stop: int, last: float) -> int:
+        """Return where a piece of the span ends so that the round's pieces are equal.
+
+        It is at most `last`, with which all connections end together. A part of less than a
+        quarter, or of too few bytes, joins the one before it.
+        """
+        least = max(self._piece / 4, self._sizes.least)
+        end = (self._taken // self._piece + 1) * self._piece - self._taken
+        end = end if end >= least else end + self._piece
+        if last < 0.9 * end:
+            end, least = last, last / 2
+        cut = start + ceil(end)
+        return cut if stop - cut >= least else stop
+
+    def take_all(self) -> list[ByteRange]:
+        """Return all that was not requested."""
+        rest = [*self._spans, *chain.from_iterable(self._groups[self._next :])]
+        self._spans, self._next, self.left = [], len(self._groups), 0
+        return [(start, stop) for start, stop in rest if start < stop]
+
+    def _take_groups(self, link: LinkEstimate, connections: int, pace: Pace) -> None:
+        """Take the groups of the next round, in which each connection has one piece."""
+        wanted = self.left / max(1, round(self.left / (pace.connections * pace.piece)))
+        stop = self._next
+        if not stop and self._first_comes_alone(link, connections, pace):
+            stop, wanted = self._first, min(wanted, self._first_bytes)
+        nbytes = sum(self._nbytes[self._next : stop])
+        while stop < len(self._groups) and (
+            not nbytes or nbytes + self._nbytes[stop] / 2 <= wanted
+        ):
+            nbytes += self._nbytes[stop]
+            stop += 1
+        spans = chain.from_iterable(self._groups[self._next : stop])
+        self._spans = list(SpanSet(span for span in spans if span[0] < span[1]))
+        is_whole_round = self._next == 0 or stop == len(self._groups)
+        self._piece = (nbytes if is_whole_round else wanted) / pace.connections
+        self._next, self._taken = stop, 0
+
+    def _first_comes_alone(self, link: LinkEstimate, connections: int, pace: Pace) -> bool:
+        """Whether the first group is worth a delay in which nothing else is requested."""
+        if pace.piece * connections >= self.left:
+            return False
+        own = link.is_compared and link.connections >= connections and link.rate is not None
+        if not own or link.rate is None:
+            return True
+        return link.delay <= _FIRST_GROUP_COST * self.left / (link.rate * connections)
 
 
 def size_of(spans: Iterable[ByteRange]) -> int:
     return sum(stop - start for start, stop in spans)
 
 
-def split_of(left: ByteRange, own_rate: float, link: LinkEstimate, least: int) -> int | None:
+def split_of(
+    left: ByteRange, own_rate: float, others: float, delay: float, least: int
+) -> int | None:
     """Return where another connection should take over a straggler's piece; None for little gain.
 
-    `left` is the range that the straggler has not begun to read, `own_rate` its bytes per second.
-    Both connections would end at the same moment. That must be two delays (and 20 ms) earlier than
-    the straggler alone, because its connection is lost and another must be opened.
+    `left` is the range that the straggler has not begun to read, `own_rate` its bytes per second,
+    `others` those of another connection to the same origin at the same time: a straggler has less
+    than half. Both connections would end at the same moment. That must be two delays (and 20 ms)
+    earlier than the straggler alone, because its connection is lost and another must be opened.
     """
     start, stop = left
+    if own_rate >= _SLOW * others:
+        return None
     alone = (stop - start) / own_rate
-    together = (stop - start + link.delay * link.rate) / (own_rate + link.rate)
-    taken = int((together - link.delay) * link.rate)
+    together = (stop - start + delay * others) / (own_rate + others)
+    taken = int((together - delay) * others)
     if (
-        alone - together <= max(2 * link.delay, _SPLIT_SECONDS)
+        alone - together <= max(2 * delay, _SPLIT_SECONDS)
         or taken < least
         or stop - taken - start < 1
     ):

@@ -11,12 +11,12 @@ from fault_server import meanwhile
 from range_downloads import Anywhere, LoopbackOnly, MemorySink, target
 
 from lorax_async.errors import FetchError
-from lorax_async.http.client import ConnectionPool, HttpClient, LinkStatistics
+from lorax_async.http.client import ConnectionPool, HttpClient, LinkModels
 from lorax_async.http.connection import Attempt, Connection
 from lorax_async.http.download_scheduler import DownloadPiece, DownloadScheduler, Job
 from lorax_async.http.failures import AbortedError, RetryableError, RetryPolicy
 from lorax_async.http.range_downloader import FOREGROUND, PREFETCH, Download
-from lorax_async.http.ranges import GroupArrivals
+from lorax_async.http.ranges import GroupArrivals, PieceSizes, RangePlan
 from lorax_async.http.settings import HttpSettings, Timeouts
 from lorax_async.http.target import ProbeResult, Validators
 from lorax_async.telemetry import Tracer
@@ -255,29 +255,42 @@ def test_what_makes_an_origin_stalled(
 def test_what_is_being_read_is_not_given_to_another() -> None:
     """Of one large piece, from a source whose connections bring 1 MB/s each."""
     world = World(connections=2)
-    scheduler, settings, links = world.scheduler, HttpSettings(proxies={}), LinkStatistics()
+    scheduler, settings = world.scheduler, HttpSettings(proxies={})
+    links = LinkModels(scheduler.clock)
     pool = ConnectionPool(settings, LoopbackOnly(), scheduler.clock, Tracer())
     place = target("http://127.0.0.1:1/weights")
-    links.record(place.url.origin, "delay", 0.01)
-    links.record(place.url.origin, "rate", 1e6)
     span = (0, LARGE)
+    for _ in range(3):  # of one connection: 1 MB/s after 10 ms
+        reception = links.began(place.url.origin, 0.01)
+        for _ in range(9):
+            world.now += 0.1
+            links.received(place.url.origin, reception, 100_000)
+        links.ended(place.url.origin)
     job = Download(
         scheduler,
         HttpClient(settings, pool, links, scheduler.clock, Tracer()),
         ProbeResult(place, place.location, Validators(), {}, b"", ranges=True, rest=Future()),
-        [(span,)],
+        RangePlan([[span]], 1, PieceSizes()),
         GroupArrivals([[span]]),
         MemorySink().write,
         lambda _: None,
+        connections=2,
         least=1 << 20,
         urgency=FOREGROUND,
         timeout=1_000.0,
     )
     scheduler.jobs.append(job)
-    _, piece, _ = world.begin(1)[0]
-    piece.rate, piece.claimed = 1e6, LARGE - (4 << 20)
+    _, piece, attempt = world.begin(1)[0]
+    while world.begin(1):  # all others come
+        for other in [each for each in job.running if each is not attempt]:
+            job.running[other].at = job.running[other].stop
+            job.leave(other, None)
+    piece.rate, piece.claimed = 1e5, piece.stop - (4 << 20)
+    stop = piece.stop
+    assert not world.begin(1), "it has just begun"
+    world.now += 1.0
     _, rest, _ = world.begin(1)[0]
-    assert piece.claimed <= piece.stop == rest.at < rest.stop == LARGE
+    assert piece.claimed <= piece.stop == rest.at < rest.stop == stop
 
 
 URL = parse_url("http://127.0.0.1:1/weights")

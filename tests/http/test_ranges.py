@@ -2,7 +2,6 @@
 
 import random
 from itertools import pairwise
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,9 +9,8 @@ from hypothesis import strategies as st
 
 from lorax_async.errors import InternalError
 from lorax_async.formats.spans import ByteRange, SpanSet
-from lorax_async.http.ranges import GroupArrivals, LinkEstimate, PieceSizes, plan_waves, split_of
-
-THROTTLED = LinkEstimate(delay=0.010, rate=20e6)
+from lorax_async.http.link_model import LinkEstimate
+from lorax_async.http.ranges import GroupArrivals, PieceSizes, RangePlan, split_of
 
 
 def adapter(layers: int = 32, layer: int = 2_621_440) -> list[list[ByteRange]]:
@@ -38,94 +36,120 @@ def bytes_of(spans: list[ByteRange]) -> list[int]:
     return sorted(n for start, stop in spans for n in range(start, stop))
 
 
-links = st.builds(
-    LinkEstimate, st.sampled_from([0.0, 0.0001, 0.01, 1.0]), st.sampled_from([1e3, 1e6, 1e9])
+delays = st.sampled_from([0.0, 0.0001, 0.01, 1.0])
+rates = st.sampled_from([1e3, 1e6, 1e9])
+links = st.one_of(
+    st.builds(LinkEstimate, delays),
+    st.builds(LinkEstimate, delays, st.integers(1, 64), rates, rates, st.booleans()),
 )
 piece_sizes = st.builds(PieceSizes, st.sampled_from([1, 64, 900]), st.sampled_from([1_000, 7_777]))
-conditions = st.fixed_dictionaries(
-    {"connections": st.integers(1, 20), "link": links, "sizes": piece_sizes}
-)
 
 
 @settings(max_examples=200, deadline=None)
-@given(grouped(), st.integers(0, 3), conditions)
-def test_every_byte_once_evenly_and_earlier_groups_first(
-    groups: list[list[ByteRange]], first: int, how: dict[str, Any]
+@given(
+    groups=grouped(), first=st.integers(0, 3), sizes=piece_sizes, most=st.integers(1, 20),
+    data=st.data(),
+)  # fmt: skip
+def test_every_byte_is_requested_once_whatever_the_link_does(
+    groups: list[list[ByteRange]], first: int, sizes: PieceSizes, most: int, data: st.DataObject
 ) -> None:
-    waves, sizes = plan_waves(groups, first=min(first, len(groups)), **how), how["sizes"]
-    pieces = [piece for wave in waves for piece in wave]
+    """Pieces end in any order; no more connections than allowed, earlier groups not later."""
+    plan = RangePlan(groups, min(first, len(groups)), sizes)
+    running: list[ByteRange] = []
+    pieces: list[ByteRange] = []
+    while plan.left or running:
+        link = data.draw(links)
+        flight = sum(stop - start for start, stop in running)
+        piece = plan.take(link, most, len(running), flight)
+        if piece is None:
+            assert running, "somebody must go on"
+            running.pop(data.draw(st.integers(0, len(running) - 1)))
+            continue
+        assert len(running) < plan.pace(link, most).connections <= most
+        assert 0 < piece[1] - piece[0] <= sizes.most
+        running.append(piece)
+        pieces.append(piece)
     assert bytes_of(pieces) == bytes_of([span for group in groups for span in group])
-    assert all(0 < stop - start <= sizes.most for start, stop in pieces)
-    assert all(list(wave) == sorted(wave) for wave in waves)
-    touched = [
-        {n for n, w in enumerate(waves) if any(a < d and c < b for a, b in w for c, d in group)}
-        for group in groups
-    ]
-    assert all(len(each) <= 1 for each in touched), "a group is in one wave"
-    order = [n for each in touched for n in each]
-    assert order == sorted(order)
-    nbytes = 1 + len(pieces) * 997
-    (wave,) = plan_waves([[(7, 7 + nbytes)]], first=0, **how)
-    lengths = [stop - start for start, stop in wave]
-    assert max(lengths) - min(lengths) <= 1
-    assert min(lengths) >= min(sizes.least, nbytes, sizes.most // 2)
+    assert plan.take(LinkEstimate(0.0), most, 0, 0) is None
 
 
-@pytest.mark.parametrize(
-    ("groups", "first", "link", "pieces"),
-    [
-        (adapter(), 0, THROTTLED, [16]),  # nobody waits: one wave
-        (adapter(), 2, THROTTLED, [16, 16]),  # the first layer over all connections, then the rest
-        (adapter(), 2, LinkEstimate(0.2, 20e6), [16]),  # a long delay is not paid twice
-        (adapter(), 2, LinkEstimate(0.0003, 2.5e8), [8]),  # more would only cost time here
-        ([[(0, 1 << 30)]], 0, THROTTLED, [32]),  # large files are cut into rounds
-        ([[], []], 1, THROTTLED, []),
-        ([], 0, THROTTLED, []),
-    ],
-)
-def test_waves_by_hand(
-    groups: list[list[ByteRange]], first: int, link: LinkEstimate, pieces: list[int]
-) -> None:
-    waves = plan_waves(groups, first=first, connections=16, link=link, sizes=PieceSizes())
-    assert [len(wave) for wave in waves] == pieces
-    assert all(len({stop - start for start, stop in wave}) == 1 for wave in waves)
+@given(grouped(), st.integers(0, 9))
+def test_all_that_is_left_can_be_taken(groups: list[list[ByteRange]], count: int) -> None:
+    plan = RangePlan(groups, 1, PieceSizes(64, 1_000))
+    taken = [plan.take(LinkEstimate(0.0), 99, 0, 0) for _ in range(count)]
+    pieces = [piece for piece in taken if piece is not None] + plan.take_all()
+    assert bytes_of(pieces) == bytes_of([span for group in groups for span in group])
+    assert not plan.left
 
 
-def test_a_slow_link_brings_layers_in_order_and_a_small_adapter_is_not_shredded() -> None:
-    """2.6 s for all of it: 5 % of that are 13 delays. No piece of 1 MB is below 64 KiB."""
-    waves = plan_waves(
-        adapter(), first=2, connections=16, link=LinkEstimate(0.010, 2e6), sizes=PieceSizes()
-    )
-    assert len(waves) == 14
-    assert max(len(wave) for wave in waves) <= 16 + 4, "and hardly a request more than needed"
-    waves = plan_waves(
-        adapter(8, 131_072),
-        first=2,
-        connections=16,
-        link=LinkEstimate(0.0001, 1e6),
-        sizes=PieceSizes(),
-    )
-    assert min(stop - start for wave in waves for start, stop in wave) == 65_536
+OWN = LinkEstimate(0.010, 16, 20e6, 320e6, is_compared=True)
+SHARED = LinkEstimate(0.010, 1, 125e6, 125e6, is_compared=True)
+
+
+def requests(link: LinkEstimate, connections: int = 16) -> list[ByteRange]:
+    """What is requested at first, while nothing comes, of 32 layers of 2.6 MB."""
+    plan = RangePlan(adapter(), 2, PieceSizes())
+    found: list[ByteRange] = []
+    while (piece := plan.take(link, connections, len(found), 0)) is not None:
+        found.append(piece)
+    return found
+
+
+def test_connections_of_their_own_rate_all_begin_with_the_first_layer() -> None:
+    found = requests(OWN)
+    assert len(found) == 16
+    assert found[0][0] == 50_000
+    assert found[-1][1] == 50_000 + 2_621_440
+    assert max(b - a for a, b in found) - min(b - a for a, b in found) <= 16
+
+
+def test_a_shared_link_has_little_in_flight_and_few_connections() -> None:
+    """Two delays of 125 MB/s are 2.5 MB, of 84."""
+    found = requests(SHARED)
+    assert 3 <= len(found) <= 4
+    assert 1.25e6 < sum(stop - start for start, stop in found) < 5e6
+    lengths = [stop - start for start, stop in found]
+    assert lengths == sorted(lengths), "they do not end together"
+
+
+def test_little_is_requested_of_an_origin_that_is_not_known() -> None:
+    found = requests(LinkEstimate(0.010))
+    assert len(found) == 4
+    assert sum(stop - start for start, stop in found) < 0.05 * 84e6
+
+
+def test_a_long_delay_is_not_paid_twice_for_a_small_file() -> None:
+    """3 MB at 20 MB/s are 15 delays in order, and less than one on 16 connections."""
+    plan = RangePlan(adapter(24, 125_000), 2, PieceSizes())
+    link = LinkEstimate(0.010, 2, 20e6, 40e6)
+    found = [plan.take(link, 16, n, 0) for n in range(16)]
+    assert None not in found
+    assert not plan.left
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     length=st.integers(1, 10_000_000),
     own=st.floats(1.0, 1e8),
-    link=st.builds(LinkEstimate, st.floats(0.0001, 1.0), st.floats(1e3, 1e9)),
+    others=st.floats(1e3, 1e9),
+    delay=st.floats(0.0001, 1.0),
 )
-def test_a_split_ends_earlier_for_both(length: int, own: float, link: LinkEstimate) -> None:
-    assert split_of((0, 300_000), 20e6, THROTTLED, 65_536) is None, "it is nearly done"
-    assert split_of((0, 100), 1.0, THROTTLED, 65_536) is None
-    cut = split_of((100, 100 + length), own, link, 64)
+def test_a_split_ends_earlier_for_both(
+    length: int, own: float, others: float, delay: float
+) -> None:
+    assert split_of((0, 300_000), 9e6, 20e6, 0.010, 65_536) is None, "it is nearly done"
+    assert split_of((0, 100), 1.0, 20e6, 0.010, 65_536) is None
+    assert split_of((0, 1 << 30), 10e6, 20e6, 0.010, 65_536) is None, "it is not that slow"
+    cut = split_of((100, 100 + length), own, others, delay, 64)
     if cut is None:
         return
+    assert own < others / 2
     assert 100 < cut < 100 + length
     straggler = (cut - 100) / own
-    newcomer = link.delay + (100 + length - cut) / link.rate
-    grain = 1 / own + 1 / link.rate
+    newcomer = delay + (100 + length - cut) / others
+    grain = 1 / own + 1 / others
     assert straggler == pytest.approx(newcomer, abs=2 * grain)
-    assert max(straggler, newcomer) <= length / own - 2 * link.delay + 2 * grain
+    assert max(straggler, newcomer) <= length / own - 2 * delay + 2 * grain
 
 
 spans = st.lists(st.tuples(st.integers(0, 39), st.integers(1, 12)), max_size=12)

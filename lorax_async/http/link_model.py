@@ -1,0 +1,221 @@
+"""Learn what the connections to one origin get, alone and together. Times are given."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from math import log2
+
+_WINDOWS = 0.005, 0.003
+_LATER_WINDOWS = 0.01
+"""Seconds. The second one decides early whether connections share a rate."""
+
+_WINDOW_BYTES = 64 << 10
+"""Per receiving connection. Less is noise: a buffer empties at once."""
+
+_WEIGHT = 0.3
+"""Of the newest comparison of two numbers of connections."""
+
+_IDLE = 0.25
+"""After longer pauses, as a part of a window, what a bucket saved up meanwhile counts as a rate."""
+
+_ENOUGH = 0.8
+"""Connections that bring this part of the most are enough: the rest is not worth its requests."""
+
+_PROPORTIONAL = 0.7
+"""Connections share nothing that bring this part of what they would bring then."""
+
+_UNKNOWN_DELAY = 0.02
+_DELAYS = 32
+"""The least of so many counts: the others waited for bytes that were on their way to us."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEstimate:
+    """A link, as far as it is known.
+
+    Attributes
+    ----------
+    delay
+        Seconds from a request to the head of its response.
+    connections
+        How many bring all that the link has, while each of them receives.
+    rate
+        Bytes per second of one of these while it receives; None if nothing was measured.
+    flow
+        Bytes per second of all these together, with the pauses that there were lately.
+    is_compared
+        Whether different numbers of connections were compared.
+    """
+
+    delay: float
+    connections: int = 1
+    rate: float | None = None
+    flow: float = 0.0
+    is_compared: bool = False
+
+
+@dataclass(slots=True)
+class Reception:
+    """A connection that receives a body: what the model had counted when bytes came last."""
+
+    at: float
+    connection_seconds: float
+    is_first: bool = True
+
+
+class LinkModel:
+    """What connections to one origin got: the delay, and the rate by how many received together.
+
+    The number is rounded to a power of two. Two windows of different numbers, one after the other,
+    tell what more connections add; one that differs from another of the same number tells that the
+    link has changed for all numbers. So a moment in which this machine was busy is not taken for
+    what a number of connections can bring. Times are monotonic seconds.
+
+    A first download of a few hundred KB at once came out of a bucket: one connection is then
+    supposed to be as good as any number, until they are compared.
+    """
+
+    def __init__(self) -> None:
+        self._delays = deque[float](maxlen=_DELAYS)
+        self._shape: dict[int, float] = {}
+        self._number = 0
+        self._rate = 0.0
+        """Of the last window, in which so many connections received."""
+
+        self._flow: float | None = None
+        self._is_burst = False
+        self._saved = 0
+        self._receiving = 0
+        self._at = 0.0
+        self._connection_seconds = 0.0
+        self._begin_window()
+
+    def began(self, now: float, delay: float) -> Reception:
+        """Record the head of a response, whose connection receives from here on."""
+        elapsed = self._advance(now)
+        if not self._receiving:
+            pause = min(elapsed, delay)
+            self._paused += pause
+            self._saved = int((self._flow or 0.0) * pause)
+        self._delays.append(delay)
+        self._receiving += 1
+        return Reception(self._at, self._connection_seconds)
+
+    def received(self, reception: Reception, now: float, nbytes: int) -> bool:
+        """Record bytes; return whether the estimate differs now.
+
+        The first ones of a response say nothing about the rate: they came with the head.
+        """
+        self._advance(now)
+        seconds = self._at - reception.at
+        together = self._connection_seconds - reception.connection_seconds
+        reception.at, reception.connection_seconds = self._at, self._connection_seconds
+        if reception.is_first:
+            reception.is_first = False
+            return False
+        return self._count(nbytes, seconds, together)
+
+    def ended(self, now: float) -> None:
+        """Record that a connection receives no more of its response."""
+        self._advance(now)
+        self._receiving -= 1
+        if not self._receiving:
+            self._count_burst()
+
+    def estimate(self) -> LinkEstimate:
+        """Return what is known of the link.
+
+        More connections are expected to go on adding throughput as far again as they have done so.
+        """
+        delay = min(self._delays, default=_UNKNOWN_DELAY)
+        if self._flow is None:
+            return LinkEstimate(delay)
+        if not self._shape:
+            return LinkEstimate(delay, 1, self._flow, self._flow, is_compared=True)
+        numbers = sorted(self._shape)
+        most = max(self._shape.values())
+        enough = next(n for n in numbers if self._shape[n] >= _ENOUGH * most)
+        growth = 1.0
+        if enough == numbers[-1]:
+            growths = (
+                enough / n
+                for n in numbers
+                if self._shape[enough] >= _PROPORTIONAL * enough / n * self._shape[n]
+            )
+            growth = max(growths) if len(numbers) > 1 else 2.0
+        rate = self._rate * self._shape[enough] / self._shape[self._number]
+        return LinkEstimate(
+            delay,
+            round(enough * growth),
+            rate / enough,
+            min(self._flow, rate) * growth,
+            is_compared=len(numbers) > 1,
+        )
+
+    # -- windows ----------------------------------------------------------------------------------
+
+    def _begin_window(self) -> None:
+        """Begin to count anew.
+
+        `_nbytes` came in `_seconds`, the sum over connections, while each of them was one of
+        `_together / _seconds` on average, in `_flowed + _paused` of the clock. `_all_bytes` are
+        those that all would have brought at the rates of each.
+        """
+        self._nbytes, self._seconds, self._together, self._all_bytes = 0, 0.0, 0.0, 0.0
+        self._flowed, self._paused = 0.0, 0.0
+
+    def _advance(self, now: float) -> float:
+        """Move to this moment; return the seconds since the last one."""
+        elapsed = max(0.0, now - self._at)
+        self._at += elapsed
+        self._connection_seconds += elapsed * self._receiving
+        if self._receiving:
+            self._flowed += elapsed
+        return elapsed
+
+    def _count(self, nbytes: int, seconds: float, together: float) -> bool:
+        """Count bytes of a connection; return whether a window has ended."""
+        if self._saved > 0:
+            self._saved -= nbytes
+            return False
+        if not seconds:
+            return False
+        self._nbytes += nbytes
+        self._seconds += seconds
+        self._together += together
+        self._all_bytes += nbytes * together / seconds
+        number, elapsed = self._together / self._seconds, self._flowed + self._paused
+        least = _WINDOWS[len(self._shape)] if len(self._shape) < 2 else _LATER_WINDOWS
+        if min(elapsed, self._seconds / number) < least or self._nbytes < _WINDOW_BYTES * number:
+            return False
+        rate = self._all_bytes / self._seconds
+        self._flow = rate * self._flowed / elapsed
+        if not self._is_burst or self._shape or self._paused <= _IDLE * elapsed:
+            self._compare(2 ** max(0, round(log2(number))), rate)
+        self._begin_window()
+        return True
+
+    def _count_burst(self) -> None:
+        """Record a first response that ended before its rate could be measured."""
+        if not self._shape and self._nbytes >= _WINDOW_BYTES:
+            self._is_burst = True
+            self._begin_window()
+
+    def _compare(self, number: int, rate: float) -> None:
+        """Record the rate of a window; compare it with that of the window before."""
+        if not self._shape:
+            self._shape[number] = 1.0
+            if self._is_burst:
+                self._shape[1] = 1.0
+        elif number != self._number:
+            seen = self._shape[self._number] * rate / self._rate
+            before = seen
+            if len(self._shape) > 1:  # nothing added is what a new number has to disprove
+                fewer = max((n for n in self._shape if n <= number), default=min(self._shape))
+                before = self._shape[fewer]
+            self._shape[number] = before * (seen / before) ** _WEIGHT
+            for other, value in self._shape.items():  # more connections bring no less
+                limit = min if other < number else max
+                self._shape[other] = limit(value, self._shape[number])
+        self._number, self._rate = number, rate
