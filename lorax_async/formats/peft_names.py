@@ -28,6 +28,10 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 INDEX_FILE = "adapter_model.safetensors.index.json"
 PICKLE_FILE = "adapter_model.bin"
+PICKLE_PROBLEM = (
+    "a pickle, which can run any code and is never loaded; re-save the adapter with safetensors"
+    " (save_pretrained does by default), or run `lorax-async convert` on its folder"
+)
 
 
 def split_weights_error(place: str) -> UnsupportedAdapterError:

@@ -52,6 +52,7 @@ from lorax_async.formats.peft_names import (
     CONFIG_FILE,
     INDEX_FILE,
     PICKLE_FILE,
+    PICKLE_PROBLEM,
     WEIGHTS_FILE,
     split_weights_error,
 )
@@ -220,11 +221,7 @@ class HubBackend:
         if index.file is not None:
             return split_weights_error(f"{pinned.source!r} at {pinned.revision!r}")
         if pickle.file is not None:
-            return _lacking(
-                pinned,
-                f"its weights as {PICKLE_FILE} only, a pickle, which can run any code and is never"
-                " loaded; save them again with safetensors (save_pretrained does by default)",
-            )
+            return _lacking(pinned, f"its weights as {PICKLE_FILE} only, {PICKLE_PROBLEM}")
         return _lacking(pinned, f"no {WEIGHTS_FILE}")
 
     async def _token(self, location: HubRepository, ref: AdapterRef) -> str | None:

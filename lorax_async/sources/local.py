@@ -52,6 +52,7 @@ from lorax_async.formats.peft_names import (
     CONFIG_FILE,
     INDEX_FILE,
     PICKLE_FILE,
+    PICKLE_PROBLEM,
     WEIGHTS_FILE,
     split_weights_error,
 )
@@ -322,10 +323,7 @@ class _LocatedFolder(NamedTuple):
         if self._status(INDEX_FILE) is not None:
             return split_weights_error(self._name)
         if self._status(PICKLE_FILE) is not None:
-            return AdapterFormatError(
-                f"the weights are {PICKLE_FILE}, a pickle, which can run any code and is never"
-                " loaded; re-save the adapter with safetensors (save_pretrained does by default)"
-            )
+            return AdapterFormatError(f"the weights are {PICKLE_FILE}, {PICKLE_PROBLEM}")
         names = f"{CONFIG} and no {WEIGHTS}" if config is None else WEIGHTS
         return AdapterNotFoundError(f"{self._name} has no {names}")
 

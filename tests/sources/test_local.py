@@ -241,7 +241,11 @@ def test_irregular_file(
         ([], errors.AdapterNotFoundError, [CONFIG_NAME, WEIGHTS_NAME]),
         ([CONFIG_NAME], errors.AdapterNotFoundError, [WEIGHTS_NAME]),
         ([WEIGHTS_NAME], errors.AdapterNotFoundError, [CONFIG_NAME]),
-        ([CONFIG_NAME, "adapter_model.bin"], errors.AdapterFormatError, ["pickle", "re-save"]),
+        (
+            [CONFIG_NAME, "adapter_model.bin"],
+            errors.AdapterFormatError,
+            ["pickle", "re-save", "lorax-async convert"],
+        ),
         (
             [CONFIG_NAME, "adapter_model.safetensors.index.json", "adapter_model.bin"],
             errors.UnsupportedAdapterError,
