@@ -50,10 +50,12 @@ from lorax_async.files import (
 )
 from lorax_async.formats.peft_names import (
     CONFIG_FILE,
+    FOREIGN_FILES,
     INDEX_FILE,
     PICKLE_FILE,
     PICKLE_PROBLEM,
     WEIGHTS_FILE,
+    foreign_file_error,
     split_weights_error,
 )
 from lorax_async.formats.safetensors import Header, parse_header
@@ -324,6 +326,9 @@ class _LocatedFolder(NamedTuple):
             return split_weights_error(self._name)
         if self._status(PICKLE_FILE) is not None:
             return AdapterFormatError(f"the weights are {PICKLE_FILE}, {PICKLE_PROBLEM}")
+        for name in FOREIGN_FILES:
+            if self._status(name) is not None:
+                return foreign_file_error(self._name, name)
         names = f"{CONFIG} and no {WEIGHTS}" if config is None else WEIGHTS
         return AdapterNotFoundError(f"{self._name} has no {names}")
 

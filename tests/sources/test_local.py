@@ -251,6 +251,16 @@ def test_irregular_file(
             errors.UnsupportedAdapterError,
             ["adapter_model.safetensors.index.json", '"Weights in several files" of docs/sources'],
         ),
+        (
+            [CONFIG_NAME, "adapters.safetensors"],
+            errors.UnsupportedAdapterError,
+            ["MLX", "transpose"],
+        ),
+        (
+            [CONFIG_NAME, "pytorch_lora_weights.safetensors"],
+            errors.UnsupportedAdapterError,
+            ["diffusers", "image models"],
+        ),
     ],
 )
 def test_missing_files(world: LocalWorld, present: list[str], kind: type, words: list[str]) -> None:
