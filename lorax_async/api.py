@@ -24,6 +24,7 @@ from lorax_async.errors import (
     LoraxError,
     SavedDuringLoadError,
     TransferError,
+    UnsafeFileError,
     UnsupportedAdapterError,
     UsageError,
 )
@@ -117,6 +118,7 @@ __all__ = [
     "StoredAdapter",
     "Ticket",
     "TransferError",
+    "UnsafeFileError",
     "UnsupportedAdapterError",
     "Usage",
     "UsageError",

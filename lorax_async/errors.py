@@ -163,6 +163,12 @@ class AdapterFormatError(AdapterError):
     default_stage = "verify"
 
 
+class UnsafeFileError(AdapterError):
+    """A pickle holds more than tensors, or reading it went over a limit; it was not run."""
+
+    default_stage = "verify"
+
+
 class UnsupportedAdapterError(AdapterError):
     """The adapter uses a feature that plain `base + scale * B @ A` does not describe."""
 
@@ -245,6 +251,7 @@ HTTP_STATUSES: tuple[tuple[type[LoraxError], int, str], ...] = (
     (AccessDeniedError, 403, "model_access_denied"),
     (InvalidAdapterIdError, 400, "invalid_model_id"),
     (AdapterFormatError, 422, "adapter_malformed"),
+    (UnsafeFileError, 422, "adapter_unsafe"),
     (UnsupportedAdapterError, 422, "adapter_unsupported"),
     (IncompatibleAdapterError, 422, "adapter_incompatible"),
     (CapacityError, 429, "over_capacity"),

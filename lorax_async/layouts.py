@@ -34,6 +34,7 @@ from lorax_async.formats.peft_names import (
     WEIGHT_DTYPES,
     TensorRole,
     layer_index,
+    matrix_error,
     parse_tensor_name,
 )
 from lorax_async.formats.safetensors import Header, TensorSpan
@@ -427,22 +428,31 @@ def from_adapter(dir: str | PathLike[str], *, limits: Limits | None = None) -> M
 def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan, bool]]:
     """Return A and B of each module, and whether it is an embedding."""
     parts: dict[str, dict[TensorRole, TensorSpan]] = {}
+    vectors: dict[str, TensorSpan] = {}
     embeddings: dict[str, bool] = {}
     for span in header.tensors:
         name = parse_tensor_name(span.name)
         if name.part not in _MATRICES:
+            vectors.setdefault(name.module, span)
             continue
         if len(span.shape) != 2 or 0 in span.shape:
-            raise AdapterFormatError(
-                f"tensor {shorten(span.name, 200)!r} has shape {list(span.shape)}, not two"
-                " positive dimensions; save the adapter again"
-            )
+            raise matrix_error(span.name, span.shape)
         parts.setdefault(name.module, {})[name.part] = span
-        embeddings[name.module] = name.embedding is True
+        if embeddings.setdefault(name.module, name.embedding is True) != name.embedding:
+            raise AdapterFormatError(
+                f"module {shorten(name.module, 200)!r} has tensors of a linear module and of an"
+                " embedding; save the adapter again"
+            )
     for path, matrices in parts.items():
         if len(matrices) < len(_MATRICES):
             raise AdapterFormatError(
                 f"module {shorten(path, 200)!r} has only one of A and B; save the adapter again"
+            )
+    for path, span in vectors.items():
+        if path not in parts:
+            raise AdapterFormatError(
+                f"tensor {shorten(span.name, 200)!r} has no A and B beside it; save the adapter"
+                " again"
             )
     if not parts:
         raise AdapterFormatError("the file has no tensors; save the adapter again")

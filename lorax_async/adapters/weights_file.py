@@ -44,6 +44,7 @@ from lorax_async.formats.peft_names import (
     INDEX_FILE,
     WEIGHT_DTYPES,
     TensorRole,
+    matrix_error,
     parse_tensor_name,
     split_weights_error,
 )
@@ -334,10 +335,7 @@ def _require_plain(span: TensorSpan) -> TensorSpan:
         return span
     name = shorten(span.name, 200)
     if span.dtype in WEIGHT_DTYPES:
-        raise AdapterFormatError(
-            f"tensor {name!r} has shape {list(span.shape)}, not two positive dimensions; save the"
-            " adapter again"
-        )
+        raise matrix_error(span.name, span.shape)
     raise UnsupportedAdapterError(
         f"tensor {name!r} is {span.dtype}; save the adapter as {', '.join(WEIGHT_DTYPES)}"
     )

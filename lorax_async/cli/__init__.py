@@ -6,6 +6,7 @@ every other package; no package imports this one.
 - `command_line.py`: exit statuses, shared options and argument types; results on stdout, progress
   and complaints on stderr
 - `inspect.py`: `inspect`: check config and header as a load would
+- `convert.py`: `convert`: write a pickle's weights as safetensors
 - `load.py`: `load`: load onto a device and time it, with progress and stalls of the event loop; the
   option `--trace`
 - `cache_commands.py`: `fetch`: download into the disk cache; `cache ls`, `verify`, `rm`, `gc`

@@ -42,6 +42,7 @@ OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 ABOUTS = {
     "inspect": "describe an adapter, and list every reason to refuse it",
+    "convert": "write adapter_model.bin, a pickle, as safetensors, without running its code",
     "load": "load adapters, all at once, and report times",
     "fetch": "download adapters into the disk cache and verify them; no base model is needed",
     "cache": "list, verify and clean the adapter cache",

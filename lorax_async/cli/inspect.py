@@ -179,6 +179,8 @@ def _read_config(folder: Path, limits: Limits, found: Inspection) -> AdapterSpec
                 if name in FIELDS:
                     FIELDS[name].check(name, value)
                 accepted[name] = value
+        if fields.get("target_parameters") and not accepted.get("target_modules"):
+            accepted.pop("target_modules", None)  # PEFT allows an empty list beside them
         if len(accepted) < len(fields):
             text = json.dumps(accepted).encode()
         spec = parse_config(text, limits)

@@ -13,7 +13,12 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 from lorax_async.config import Limits
 from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, UsageError, shorten
-from lorax_async.formats.peft_names import compile_pattern, layer_pattern, pattern_error
+from lorax_async.formats.peft_names import (
+    compile_pattern,
+    layer_pattern,
+    mlx_config_error,
+    pattern_error,
+)
 from lorax_async.formats.strict_json import JsonValue, parse_object
 from lorax_async.types import AdapterSpec, ModuleNames, ModulePattern
 
@@ -158,6 +163,8 @@ def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
     )
     kind = config.get("peft_type")
     if not isinstance(kind, str):
+        if "lora_parameters" in config:
+            raise mlx_config_error(WHAT)
         raise AdapterFormatError(f"{WHAT}: no 'peft_type'; save the adapter with PEFT")
     if kind != "LORA":
         raise UnsupportedAdapterError(

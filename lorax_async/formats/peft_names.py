@@ -11,7 +11,7 @@ of `tuners/tuners_utils.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -28,6 +28,10 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 INDEX_FILE = "adapter_model.safetensors.index.json"
 PICKLE_FILE = "adapter_model.bin"
+PICKLE_PROBLEM = (
+    "a pickle, which can run any code and is never loaded; re-save the adapter with safetensors"
+    " (save_pretrained does by default), or run `lorax-async convert` on its folder"
+)
 
 
 def split_weights_error(place: str) -> UnsupportedAdapterError:
@@ -36,6 +40,53 @@ def split_weights_error(place: str) -> UnsupportedAdapterError:
         f"{place} has no {WEIGHTS_FILE}, but {INDEX_FILE}: weights in several files are not loaded"
         ' since 0.3; join them into one, as "Weights in several files" of docs/sources.md shows',
         stage="resolve",
+    )
+
+
+_MLX = (
+    "MLX's (mlx_lm); convert it to PEFT's: transpose lora_a and lora_b, name them"
+    f" 'base_model.model.<module>.lora_A.weight' and lora_B in {WEIGHTS_FILE}, and set lora_alpha"
+    " to r times MLX's scale"
+)
+_FOR_IMAGES = "for image models; load it with diffusers: no language model has its modules"
+_DIFFUSERS, _KOHYA = f"diffusers', {_FOR_IMAGES}", f"kohya's, {_FOR_IMAGES}"
+FOREIGN_FILES = {"adapters.safetensors": _MLX, "pytorch_lora_weights.safetensors": _DIFFUSERS}
+"""The weights of other programs, by whose names they are recognised in place of `WEIGHTS_FILE`."""
+
+_FOREIGN_TENSORS = (
+    (re.compile(r".*\.lora_[ab]"), _MLX),
+    (re.compile(r"lora_(?:unet|te[0-9]?|transformer)_.*|.*\.lora_(?:down|up)\..*"), _KOHYA),
+    (
+        re.compile(
+            r"(?:unet|text_encoder(?:_[0-9])?|transformer\.(?:single_)?transformer_blocks)\..*"
+        ),
+        _DIFFUSERS,
+    ),
+)
+
+
+def foreign_file_error(place: str, name: str) -> UnsupportedAdapterError:
+    """Make the error for a place that has one of `FOREIGN_FILES` and no `WEIGHTS_FILE`."""
+    return UnsupportedAdapterError(
+        f"{place} has no {WEIGHTS_FILE}, but {name}: the format is {FOREIGN_FILES[name]}",
+        stage="resolve",
+    )
+
+
+def mlx_config_error(what: str) -> UnsupportedAdapterError:
+    """Make the error for a config of MLX."""
+    return UnsupportedAdapterError(f"{what} has 'lora_parameters': the format is {_MLX}")
+
+
+def matrix_error(name: str, shape: Sequence[int]) -> AdapterFormatError | UnsupportedAdapterError:
+    """Make the error for an A or B that is not a matrix."""
+    what = f"tensor {shorten(name, 200)!r} has shape {list(shape)}"
+    if len(shape) <= 2 or 0 in shape:
+        return AdapterFormatError(f"{what}, not two positive dimensions; save the adapter again")
+    kind = "a convolution" if len(shape) > 3 else "experts in one tensor, or a convolution"
+    return UnsupportedAdapterError(
+        f"{what}: it belongs to {kind}, which is not applied; train linear modules only, or merge"
+        " the adapter into its base model"
     )
 
 
@@ -290,11 +341,20 @@ def _refusal(name: str) -> AdapterError:
     shown = repr(shorten(name, 200))
     path = name.removeprefix(PREFIX)
     if path == name:
+        foreign = (form for pattern, form in _FOREIGN_TENSORS if pattern.fullmatch(name))
+        if form := next(foreign, None):
+            return UnsupportedAdapterError(f"tensor {shown}: the format is {form}")
         return UnsupportedAdapterError(
             f"tensor {shown} is not from a PEFT LoRA adapter (no {PREFIX!r} in front) and"
             " would not be applied; convert the adapter to PEFT's format"
         )
     if path.endswith(_FULL_WEIGHT):
+        module = path.removesuffix(_FULL_WEIGHT)
+        if module.rpartition(".")[2] not in _TIED:
+            return UnsupportedAdapterError(
+                f"tensor {shown} is a full copy of {shorten(module, 200)!r}, which PEFT saves of a"
+                " module that is in target_modules and modules_to_save; train it as one of them"
+            )
         return UnsupportedAdapterError(
             f"tensor {shown} is a copy of the base's own weight, which PEFT adds where embed_tokens"
             " or lm_head is targeted; save with save_pretrained(…, save_embedding_layers=False)"

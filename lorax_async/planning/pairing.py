@@ -19,6 +19,7 @@ from lorax_async.formats.peft_names import (
     Targeting,
     TensorRole,
     layer_index,
+    matrix_error,
     parse_tensor_name,
     targeting_of,
 )
@@ -121,6 +122,12 @@ def _require_dtypes(tensors: Sequence[TensorSpan]) -> None:
                 f"tensor {shorten(span.name, 200)!r} is {span.dtype}; save the adapter as"
                 f" {', '.join(WEIGHT_DTYPES)}"
             )
+
+
+def _require_matrices(tensors: Iterable[TensorSpan]) -> None:
+    for span in tensors:
+        if len(span.shape) > 2:
+            raise matrix_error(span.name, span.shape)
 
 
 def _require_targeted(spec: AdapterSpec, spans: Iterable[TensorSpan], layout: ModelLayout) -> None:
@@ -240,6 +247,7 @@ def _locate(tensors: Sequence[TensorSpan], layout: ModelLayout) -> dict[int, Ten
         found[place] = span
         count += 1
     if unknown:
+        _require_matrices(tensors)  # a layout has no convolutions
         raise IncompatibleAdapterError(
             f"the base has no such module: {_list_first(unknown, 'tensor')}"
         )
@@ -300,6 +308,7 @@ def _rank_and_scale(module: str, spec: AdapterSpec, limits: Limits) -> tuple[int
 
 
 def _describe_mismatch(a: TensorSpan, b: TensorSpan, rank: int, module: Module) -> str:
+    _require_matrices((a, b))
     if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
         raise AdapterFormatError(
             f"module {shorten(module.name, 200)!r}: A {list(a.shape)} and B {list(b.shape)} are not"

@@ -49,9 +49,12 @@ from lorax_async.files import (
 from lorax_async.formats.digests import Digest, FileHash
 from lorax_async.formats.peft_names import (
     CONFIG_FILE,
+    FOREIGN_FILES,
     INDEX_FILE,
     PICKLE_FILE,
+    PICKLE_PROBLEM,
     WEIGHTS_FILE,
+    foreign_file_error,
     split_weights_error,
 )
 from lorax_async.http.failures import (
@@ -201,7 +204,8 @@ class HubBackend:
         query = FileQuery(location.text, CONFIG_FILE, ref.revision or _MAIN, token)
         config, weights = await self._answers(query, replace(query, name=WEIGHTS_FILE))
         if config.file is None or config.commit is None:
-            raise _lacking(query, f"no {CONFIG_FILE}: it is not a PEFT adapter")
+            foreign = await self._foreign_weights(query)
+            raise foreign or _lacking(query, f"no {CONFIG_FILE}: it is not a PEFT adapter")
         pinned = replace(query, revision=config.commit)
         is_lent = ref.token is None and not ref.use_token and token is not None
         if config.redirected and is_lent:
@@ -220,12 +224,16 @@ class HubBackend:
         if index.file is not None:
             return split_weights_error(f"{pinned.source!r} at {pinned.revision!r}")
         if pickle.file is not None:
-            return _lacking(
-                pinned,
-                f"its weights as {PICKLE_FILE} only, a pickle, which can run any code and is never"
-                " loaded; save them again with safetensors (save_pretrained does by default)",
-            )
-        return _lacking(pinned, f"no {WEIGHTS_FILE}")
+            return _lacking(pinned, f"its weights as {PICKLE_FILE} only, {PICKLE_PROBLEM}")
+        return await self._foreign_weights(pinned) or _lacking(pinned, f"no {WEIGHTS_FILE}")
+
+    async def _foreign_weights(self, query: FileQuery) -> AdapterError | None:
+        """Return the error for a commit with another program's weights; None for any other."""
+        answers = await self._answers(*(replace(query, name=name) for name in FOREIGN_FILES))
+        for name, answer in zip(FOREIGN_FILES, answers, strict=True):
+            if answer.file is not None:
+                return foreign_file_error(f"{query.source!r} at {query.revision!r}", name)
+        return None
 
     async def _token(self, location: HubRepository, ref: AdapterRef) -> str | None:
         """Return the token to send."""

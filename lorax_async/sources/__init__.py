@@ -6,5 +6,6 @@ layer group by layer group. May import `formats`, `planning`, `files`, `ids`, `c
 
 - `base`: the interface `Source`, and the router: by the location of an id, or the type of a key
 - `local`: the source of local folders: finds a folder, checks, opens and hashes its files
+- `pickled_weights`: converts `adapter_model.bin` to safetensors, in a process of its own
 - `tensors`: the source of tensors in host memory; snapshots of tensors, their copies and budget
 """

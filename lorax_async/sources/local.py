@@ -49,9 +49,12 @@ from lorax_async.files import (
 )
 from lorax_async.formats.peft_names import (
     CONFIG_FILE,
+    FOREIGN_FILES,
     INDEX_FILE,
     PICKLE_FILE,
+    PICKLE_PROBLEM,
     WEIGHTS_FILE,
+    foreign_file_error,
     split_weights_error,
 )
 from lorax_async.formats.safetensors import Header, parse_header
@@ -301,10 +304,10 @@ class _LocatedFolder(NamedTuple):
         if self._status(INDEX_FILE) is not None:
             return split_weights_error(self._name)
         if self._status(PICKLE_FILE) is not None:
-            return AdapterFormatError(
-                f"the weights are {PICKLE_FILE}, a pickle, which can run any code and is never"
-                " loaded; re-save the adapter with safetensors (save_pretrained does by default)"
-            )
+            return AdapterFormatError(f"the weights are {PICKLE_FILE}, {PICKLE_PROBLEM}")
+        for name in FOREIGN_FILES:
+            if self._status(name) is not None:
+                return foreign_file_error(self._name, name)
         names = f"{CONFIG} and no {WEIGHTS}" if config is None else WEIGHTS
         return AdapterNotFoundError(f"{self._name} has no {names}")
 

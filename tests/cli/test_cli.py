@@ -189,6 +189,69 @@ def test_inspect_goes_on_after_each_problem(tmp_path: Path, capsys: Capture) -> 
     assert [(t["name"], t["ranks"], t["scales"]) for t in found["targets"]] == [("q_proj", [8], [])]
 
 
+Q = "model.layers.0.self_attn.q_proj"
+PAIR = query(0)
+CONV = {f"{Q}.lora_A.weight": torch.ones(8, 3, 2, 2), f"{Q}.lora_B.weight": torch.ones(4, 8, 1, 1)}
+EXPERTS = {f"{Q}.lora_A.weight": torch.ones(4, 8, 3), f"{Q}.lora_B.weight": torch.ones(4, 3, 8)}
+MLX = {"peft_type": None, "lora_parameters": {"rank": 8}}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "error", "words"),
+    [
+        (PAIR, MLX, "UnsupportedAdapterError", ("MLX", "transpose")),
+        (CONV, {}, "UnsupportedAdapterError", ("a convolution", "linear modules")),
+        (EXPERTS, {}, "UnsupportedAdapterError", ("experts in one tensor",)),
+        (
+            PAIR,
+            {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]},
+            "UnsupportedAdapterError",
+            ("'target_parameters'",),
+        ),
+        (PAIR, {"target_modules": []}, "AdapterFormatError", ("'target_modules' is empty",)),
+        (
+            PAIR | {"model.norm.lora_magnitude_vector": torch.ones(8)},
+            {"use_dora": True},
+            "AdapterFormatError",
+            ("no A and B",),
+        ),
+        (
+            PAIR | {f"{Q}.lora_embedding_A": torch.ones(8, 4)},
+            {},
+            "AdapterFormatError",
+            ("of a linear module and of an embedding",),
+        ),
+    ],
+)
+def test_inspect_names_the_cause(
+    tmp_path: Path,
+    capsys: Capture,
+    tensors: dict[str, torch.Tensor],
+    config: dict[str, object],
+    error: str,
+    words: tuple[str, ...],
+) -> None:
+    """One problem, which blames no base where none was named."""
+    path = adapter(tmp_path / "x", tensors, **config)
+    assert main(["inspect", path, "--json"]) == 2
+    (problem,) = output(capsys)["problems"]
+    assert problem["error"] == error
+    assert all(word in problem["text"] for word in words)
+    assert "this loader" not in problem["text"]
+    assert "the base has" not in problem["text"]
+
+
+def test_a_base_is_not_blamed_for_a_convolution(tmp_path: Path, capsys: Capture) -> None:
+    tensors = {name.replace("q_proj", "conv"): tensor for name, tensor in CONV.items()}
+    for number, some in enumerate((tensors, CONV)):
+        path = adapter(tmp_path / str(number), some, target_modules=["conv", "q_proj"])
+        options = ["--base", base(tmp_path / f"base{number}"), "--json"]
+        assert main(["inspect", path, *options]) == 2
+        (problem,) = output(capsys)["problems"]
+        assert problem["error"] == "UnsupportedAdapterError"
+        assert "a convolution" in problem["text"]
+
+
 def test_inspect_finds_weights_that_ruin_a_server(tmp_path: Path, capsys: Capture) -> None:
     tensors = query(0)
     first = next(iter(tensors.values()))

@@ -95,6 +95,8 @@ BASE = "base_model.model."
 REFUSED = {
     "base's own weight.*save_embedding_layers=False": "lm_head.base_layer.weight"
     " model.embed_tokens.base_layer.weight",
+    "full copy of.*target_modules and modules_to_save": "classifier.base_layer.weight"
+    " model.norm.base_layer.weight",
     "resized vocabulary": "model.embed_tokens.weight lm_head.weight",
     "modules_to_save": "score.weight",
     "target_parameters": "model.layers.0.mlp.experts.base_layer.lora_A.weight",
@@ -113,6 +115,19 @@ OTHERS = ["", BASE, "x", "model.q.lora_A.weight", "transformer.q.lora_B.weight"]
 def test_other_tensors_are_refused_by_name() -> None:
     cases = {feature: [BASE + end for end in ends.split()] for feature, ends in REFUSED.items()}
     cases["would not be applied"] += [*OTHERS, "base_model.q.lora_A.weight"]
+    refusals(parse_tensor_name, UnsupportedAdapterError, cases)
+
+
+def test_the_formats_of_other_programs_are_named() -> None:
+    formats = {
+        "MLX": "model.layers.0.self_attn.q_proj.lora_a model.layers.0.mlp.up_proj.lora_b",
+        "kohya": "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"
+        " lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha x.lora_up.weight",
+        "diffusers": "unet.down_blocks.0.attentions.0.proj_in.lora_A.weight"
+        " transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight"
+        " text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
+    }
+    cases = {f"format is {name}'": names.split() for name, names in formats.items()}
     refusals(parse_tensor_name, UnsupportedAdapterError, cases)
 
 

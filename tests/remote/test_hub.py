@@ -138,14 +138,21 @@ async def test_a_branch_that_moves_meanwhile(hub: HubStandIn, later: dict[str, b
         (["README.md"], "no adapter_config.json"),
         (["adapter_config.json"], "no adapter_model.safetensors"),
         (
+            ["adapter_config.json", "adapters.safetensors"],
+            "adapters.safetensors: the format is MLX",
+        ),
+        (["pytorch_lora_weights.safetensors"], "the format is diffusers"),
+        (
             ["adapter_config.json", "adapter_model.bin"],
-            "adapter_model.bin only, a pickle.*never.*safetensors",
+            "adapter_model.bin only, a pickle.*never.*safetensors.*lorax-async convert",
         ),
     ],
 )
 async def test_what_a_repository_lacks(hub: HubStandIn, names: list[str], said: str) -> None:
     hub.put(REPO, dict.fromkeys(names, b"{}"))
-    with pytest.raises(errors.AdapterNotFoundError, match=said):
+    is_foreign = "format is" in said
+    kind = errors.UnsupportedAdapterError if is_foreign else errors.AdapterNotFoundError
+    with pytest.raises(kind, match=said):
         raise await refused(hub)
     assert not hub.asked_for("GET")
 

@@ -36,6 +36,7 @@ STATUSES = (
     *((la.AccessDeniedError, 403, "model_access_denied"), (la.EvictedError, 503, "evicted")),
     *((la.InvalidAdapterIdError, 400, "invalid_model_id"), (la.CapacityError, 429, "over_capacity")),
     *((la.AdapterFormatError, 422, "adapter_malformed"), (la.FetchError, 502, "fetch_failed")),
+    (la.UnsafeFileError, 422, "adapter_unsafe"),
     *((la.UnsupportedAdapterError, 422, "adapter_unsupported"), (la.FetchTimeoutError, 504, "timeout")),
     *((la.IncompatibleAdapterError, 422, "adapter_incompatible"), (la.TransferError, 500, "transfer_failed")),
     *((la.LoaderClosedError, 503, "closing"), (la.HandleClosedError, 503, "closing")),

@@ -227,11 +227,25 @@ def test_irregular_file(
         ([], errors.AdapterNotFoundError, [CONFIG_NAME, WEIGHTS_NAME]),
         ([CONFIG_NAME], errors.AdapterNotFoundError, [WEIGHTS_NAME]),
         ([WEIGHTS_NAME], errors.AdapterNotFoundError, [CONFIG_NAME]),
-        ([CONFIG_NAME, "adapter_model.bin"], errors.AdapterFormatError, ["pickle", "re-save"]),
+        (
+            [CONFIG_NAME, "adapter_model.bin"],
+            errors.AdapterFormatError,
+            ["pickle", "re-save", "lorax-async convert"],
+        ),
         (
             [CONFIG_NAME, "adapter_model.safetensors.index.json", "adapter_model.bin"],
             errors.UnsupportedAdapterError,
             ["adapter_model.safetensors.index.json", '"Weights in several files" of docs/sources'],
+        ),
+        (
+            [CONFIG_NAME, "adapters.safetensors"],
+            errors.UnsupportedAdapterError,
+            ["MLX", "transpose"],
+        ),
+        (
+            [CONFIG_NAME, "pytorch_lora_weights.safetensors"],
+            errors.UnsupportedAdapterError,
+            ["diffusers", "image models"],
         ),
     ],
 )
