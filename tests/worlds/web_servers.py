@@ -27,14 +27,21 @@ NGINX = """
 daemon off; pid {root}/pid; error_log {root}/errors; worker_processes 1; {user}
 events {{ worker_connections 256; }}
 http {{
-    log_format ours '"$request" $status $server_port "$http_range" $body_bytes_sent';
+    log_format ours '"$request" $status $server_port "$http_range" "$http_authorization" '
+                    '$body_bytes_sent';
     access_log {root}/requests ours; sendfile on; gzip on; gzip_types *; gzip_min_length 1;
     {scratch}
+    limit_req_zone $server_port zone=slow:1m rate=30r/s;
     server {{
         listen 127.0.0.1:{first}; root {root}/files; keepalive_requests 3;
         location /moved/ {{ rewrite ^/moved/(.*)$ http://127.0.0.1:{second}/$1 redirect; }}
+        location /slow/ {{ alias {root}/files/; limit_req zone=slow; }}
         location /whole/ {{ alias {root}/files/; max_ranges 0; }}
         location /untagged/ {{ alias {root}/files/; etag off; }}
+        location /private/ {{
+            if ($http_authorization != "Bearer the-token") {{ return 401; }}
+            alias {root}/files/;
+        }}
     }}
     server {{ listen 127.0.0.1:{second}; root {root}/files; }}
 }}
