@@ -65,18 +65,30 @@ def shares(claims: Sequence[ConnectionDemand], connections: int, *, soon: int = 
             parts = _even(wanted, connections)
             connections -= sum(parts)
             for members, more, part in zip(origins, left, parts, strict=True):
-                silent = [claims[n].silent and more[i] > 0 for i, n in enumerate(members)]
-                has_one = any(claims[n].silent and granted[n] for n in members)
-                kept = int(any(silent) and part > 1 and not has_one)
-                gains = _even(
-                    [0 if s else m for m, s in zip(more, silent, strict=True)], part - kept
-                )
-                rest_of_it = _even(
-                    [m if s else 0 for m, s in zip(more, silent, strict=True)], part - sum(gains)
-                )
-                for n, gained, last in zip(members, gains, rest_of_it, strict=True):
-                    granted[n] += gained + last
+                for n, gained in _divide(claims, granted, members, more, part):
+                    granted[n] += gained
     return granted
+
+
+def _divide(
+    claims: Sequence[ConnectionDemand],
+    granted: Sequence[int],
+    members: Sequence[int],
+    more: Sequence[int],
+    part: int,
+) -> list[tuple[int, int]]:
+    """Divide an origin's part among its claims: one for the silent, the rest for the others first.
+
+    Return each claim and what it gains.
+    """
+    is_silent = [claims[n].silent for n in members]
+    active = [0 if silent else want for want, silent in zip(more, is_silent, strict=True)]
+    silent_ones = [want if silent else 0 for want, silent in zip(more, is_silent, strict=True)]
+    has_one = any(claims[n].silent and granted[n] for n in members)
+    kept = int(sum(silent_ones) > 0 and part > 1 and not has_one)
+    gains = _even(active, part - kept)
+    last = _even(silent_ones, part - sum(gains))
+    return [(n, a + b) for n, a, b in zip(members, gains, last, strict=True)]
 
 
 def _more(claims: Sequence[ConnectionDemand], granted: Sequence[int], n: int) -> int:
