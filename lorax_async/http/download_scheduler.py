@@ -25,8 +25,9 @@ from lorax_async.http.failures import AbortedError, RetryableError, RetryPolicy
 class ConnectionDemand(NamedTuple):
     """How many connections a download can use at one origin; smaller urgencies come first.
 
-    A `stalled` origin has sent nothing for a while. It is `retried` if all pieces that the download
-    would use them for were tried before.
+    A `stalled` origin has sent nothing for a while, and a `silent` download has received nothing of
+    its own. It is `retried` if all pieces that the download would use them for were tried before.
+    `useful` is how many connections add throughput there, all downloads together, if that is known.
     """
 
     urgency: int
@@ -34,6 +35,8 @@ class ConnectionDemand(NamedTuple):
     origin: Hashable = None
     stalled: bool = False
     retried: bool = False
+    silent: bool = False
+    useful: int | None = None
 
 
 def shares(claims: Sequence[ConnectionDemand], connections: int, *, soon: int = 0) -> list[int]:
@@ -41,8 +44,10 @@ def shares(claims: Sequence[ConnectionDemand], connections: int, *, soon: int = 
 
     Connections are divided by urgency, then evenly among origins, then evenly among an origin's
     claims; none gets more than it wants. A remainder goes to claims that were not tried before,
-    then to earlier ones. A later urgency gets the connections that earlier ones left. A stalled
-    origin gets one connection per urgency, and more only if no other can use them, now or `soon`.
+    then to earlier ones. A later urgency gets the connections that earlier ones left, and of an
+    origin whose connections share a rate only as many as are useful there. A stalled origin gets
+    one connection per urgency, and more only if no other can use them, now or `soon`; of an origin,
+    so do the silent claims together.
     """
     granted = [0] * len(claims)
     for rest in (False, True):  # at last the connections withheld from stalled origins
@@ -51,17 +56,53 @@ def shares(claims: Sequence[ConnectionDemand], connections: int, *, soon: int = 
             break
         for urgency in sorted({claim.urgency for claim in claims}):
             origins = _by_origin(claims, urgency)
-            left = [[claims[n].wanted - granted[n] for n in members] for members in origins]
-            wanted = [
-                min(sum(more), 1) if claims[members[0]].stalled and not rest else sum(more)
-                for members, more in zip(origins, left, strict=True)
-            ]
+            left = [[_more(claims, granted, n) for n in members] for members in origins]
+            wanted = []
+            for members, more in zip(origins, left, strict=True):
+                silent = sum(more[i] for i, n in enumerate(members) if claims[n].silent)
+                most = sum(more) if rest else sum(more) - silent + min(silent, 1)
+                wanted.append(min(most, 1) if claims[members[0]].stalled and not rest else most)
             parts = _even(wanted, connections)
             connections -= sum(parts)
             for members, more, part in zip(origins, left, parts, strict=True):
-                for n, gained in zip(members, _even(more, part), strict=True):
+                for n, gained in _divide(claims, granted, members, more, part):
                     granted[n] += gained
     return granted
+
+
+def _divide(
+    claims: Sequence[ConnectionDemand],
+    granted: Sequence[int],
+    members: Sequence[int],
+    more: Sequence[int],
+    part: int,
+) -> list[tuple[int, int]]:
+    """Divide an origin's part among its claims: one for the silent, the rest for the others first.
+
+    Return each claim and what it gains.
+    """
+    is_silent = [claims[n].silent for n in members]
+    active = [0 if silent else want for want, silent in zip(more, is_silent, strict=True)]
+    silent_ones = [want if silent else 0 for want, silent in zip(more, is_silent, strict=True)]
+    has_one = any(claims[n].silent and granted[n] for n in members)
+    kept = int(sum(silent_ones) > 0 and part > 1 and not has_one)
+    gains = _even(active, part - kept)
+    last = _even(silent_ones, part - sum(gains))
+    return [(n, a + b) for n, a, b in zip(members, gains, last, strict=True)]
+
+
+def _more(claims: Sequence[ConnectionDemand], granted: Sequence[int], n: int) -> int:
+    """Return how many more connections a claim can use."""
+    claim = claims[n]
+    more = claim.wanted - granted[n]
+    if claim.useful is None:
+        return more
+    before = sum(
+        part
+        for other, part in zip(claims, granted, strict=True)
+        if other.origin == claim.origin and other.urgency < claim.urgency
+    )
+    return max(0, min(more, claim.useful - before - granted[n])) if before else more
 
 
 def _by_origin(claims: Sequence[ConnectionDemand], urgency: int) -> list[list[int]]:
@@ -160,6 +201,9 @@ class Job(ABC, Generic[T]):
         self.limit = float(scheduler.connections)
         self.announced = 0
         self.hands_over = False
+        self.is_silent = False
+        """Whether its attempts have brought nothing for a while, from when that was seen."""
+
         self.not_before = 0.0
         self.received = 0
         self.over = False
@@ -192,6 +236,10 @@ class Job(ABC, Generic[T]):
             return used
         more = sum(piece.not_before <= now for piece in self.pending)
         return max(used, min(int(self.limit), used + more))
+
+    def useful(self) -> int | None:
+        """Return how many connections add throughput at its origin; None if all may."""
+        return None
 
     def take(self, now: float) -> DownloadPiece | None:
         """Take the first piece that may start."""
@@ -341,6 +389,10 @@ class OriginActivity:
             if count and 2 * count >= running[origin]:
                 self._origins[origin].suspect_until = now + _SUSPECT_SECONDS
 
+    def patience(self, attempt: Attempt) -> float:
+        """Return after how many seconds without a byte an observed attempt counts as silent."""
+        return self._origins[self._attempts[attempt].origin].patience
+
     def is_stalled(self, origin: Hashable) -> bool:
         """Whether the origin owes an answer for too long, or did a moment ago."""
         state, now = self._origins.get(origin), self._clock()
@@ -474,7 +526,8 @@ class DownloadScheduler:
                 retried = all(piece.tried for piece in read) and (not starts or job.is_retry(now))
                 wanted = len(read) + starts
                 claims[job, origin] = ConnectionDemand(
-                    job.urgency, wanted, origin, is_stalled(origin), retried
+                    *(job.urgency, wanted, origin, is_stalled(origin), retried, job.is_silent),
+                    useful=job.useful(),
                 )
         return claims
 
@@ -511,6 +564,12 @@ class DownloadScheduler:
         since = {attempt: observe(attempt) for job in self.jobs for attempt in job.running}
         self.activity.update_stalled()
         now = self.clock()
+        for job in self.jobs:
+            if job.running:
+                job.is_silent = all(
+                    now - since[attempt] >= self.activity.patience(attempt)
+                    for attempt in job.running
+                )
         parts, running = self._shares(now), _running(self.jobs)
         lacking = {origin for (job, origin), part in parts.items() if running[job, origin] < part}
         for (job, origin), part in parts.items():
@@ -518,7 +577,9 @@ class DownloadScheduler:
             if excess <= 0 or not lacking:
                 continue
             hurry, grace = lacking != {origin}, self._stuck
-            if hurry:
+            if job.is_silent:
+                grace = 0.0
+            elif hurry:
                 grace = 0.0 if self.activity.is_stalled(origin) else _GRACE_SECONDS
             here = [attempt for attempt in job.running if attempt.origin == origin]
             silent = [attempt for attempt in here if now - since[attempt] >= grace]

@@ -237,6 +237,10 @@ class Download(_FileJob[None]):
             wanted = max(wanted, min(int(self.limit), pace.connections))
         return wanted
 
+    def useful(self) -> int | None:
+        pace = self._plan.pace(self._link(), self._connections)
+        return pace.connections if pace.staggered else None
+
     @property
     def _most(self) -> int:
         """How many connections it may have."""

@@ -16,8 +16,24 @@ def test_who_is_stalled_has_one_and_what_nobody_wants_now_or_soon() -> None:
     assert shares([STALLED, ConnectionDemand(1, 99, "b")], 16) == [1, 15]
 
 
+def test_silent_downloads_of_an_origin_have_one_connection_together_and_what_is_left() -> None:
+    silent = [ConnectionDemand(0, 1, "a", silent=True)] * 24
+    assert shares([*silent, ConnectionDemand(0, 99, "a")], 16) == [1, *[0] * 23, 15]
+    assert sum(shares([*silent, ConnectionDemand(0, 4, "a")], 16)) == 16
+    stalled = [ConnectionDemand(0, 1, "a", stalled=True, silent=True)] * 24
+    assert shares([*stalled, ConnectionDemand(0, 99, "a", stalled=True)], 16)[-1] >= 15
+
+
+def test_a_later_urgency_has_no_more_connections_than_are_useful() -> None:
+    urgent, hint = ConnectionDemand(0, 4, "a", useful=4), ConnectionDemand(1, 4, "a", useful=4)
+    assert shares([urgent, hint], 16) == [4, 0]
+    assert shares([urgent, hint, ConnectionDemand(1, 9, "b")], 16) == [4, 0, 9]
+    assert shares([ConnectionDemand(0, 3, "a"), hint], 16) == [3, 1]
+    assert shares([hint, hint], 16) == [4, 4], "equals share the link"
+
+
 fields = st.integers(0, 2), st.integers(0, 20), st.sampled_from("abc"), st.booleans()
-demands = st.builds(ConnectionDemand, *fields)
+demands = st.builds(ConnectionDemand, *fields, silent=st.just(False), useful=st.none())
 
 
 @given(st.lists(demands, max_size=12), st.booleans(), st.integers(0, 32))

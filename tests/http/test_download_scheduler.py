@@ -214,6 +214,25 @@ def test_an_origin_that_stalls_keeps_one_connection() -> None:
     assert world.counts(stalled, another) == [1, 3]
 
 
+def test_downloads_that_stall_give_way_to_another_of_their_origin() -> None:
+    """All but one connection, as soon as they have been silent for a while; and take them back."""
+    world = World()
+    stalled = [world.job(99) for _ in range(8)]
+    healthy = world.job(9)
+    for tenths in range(1, 20):
+        world.begin()
+        world.look(tenths / 10)
+        for job in stalled:
+            for attempt in [each for each in job.running if each.ended]:
+                job.leave(attempt, None)
+        bring(healthy, ANSWER)
+    assert len(healthy.running) == 3
+    assert sum(len(job.running) for job in stalled) == 1
+    bring(healthy, ANSWER)
+    finish(healthy)
+    assert sum(world.counts(*stalled)) == 4
+
+
 def _answers(world: World) -> None:
     """It sends something now and then, and all is there."""
     job = world.job(4)
