@@ -186,15 +186,14 @@ class AdapterLoader:
             Seconds; None for the config's.
         priority
             Higher priorities get slots first.
-        source, revision, token
-            As in `AdapterRef`, for a string.
-        digest
-            The expected sha256 of the weights in hexadecimal. The call waits for the comparison
-            (local files are hashed once for it). A mismatch is an `IntegrityError`, of this call
-            alone if the adapter is in use already.
-        allow_stale
-            If the source is unreachable, take the version that it named last, if the cache has it
-            (with a `token`: and it is public); `handle.stale` is True then.
+        **options
+            `source`, `revision` and `token` are as in `AdapterRef`, for a string.
+            `digest` is the expected sha256 of the weights in hexadecimal. The call waits for the
+            comparison (local files are hashed once for it). A mismatch is an `IntegrityError`, of
+            this call alone if the adapter is in use already.
+            With `allow_stale`, if the source is unreachable, the version that it named last is
+            taken, if the cache has it (with a `token`: and it is public); `handle.stale` is True
+            then.
 
         Raises
         ------
