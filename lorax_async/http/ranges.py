@@ -28,7 +28,7 @@ _FIRST_SECONDS = 0.01
 _FLIGHT_PART = 1 / 32
 """Of the file, in flight where that is enough: layers come in order but for this."""
 
-_TURN_SECONDS = 0.002
+_TURN_SECONDS = 0.005
 """Of the whole link, for each piece: a request costs 0.5 ms of a core."""
 
 _FILLED = 2.0
