@@ -1,0 +1,216 @@
+"""When each layer of a remote adapter is on the device, on links of many kinds.
+
+In a network namespace that this script makes itself (`unshare`, `tc tbf` on its loopback), the
+kernel's shaper is one of them, with real TCP; where that is not permitted, it says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import rmtree, which
+from time import perf_counter
+
+import torch
+
+from bench_options import Options, options, print_environment, write_json
+from harness import print_table
+from link import Link
+from lorax_async import AdapterLoader, Allow, LoaderConfig, layouts
+from lorax_async.config import MiB
+from lorax_async.events import Event, LayerReady
+from work_files import CONFIG, LAYERS, WEIGHTS, write_adapter
+
+FIXED = (1, 4, 16)
+"""Connections of the plain requests beside it, each of an equal part of the file."""
+
+PARTS = (0.25, 0.5, 0.75)
+LATE, TOTAL = 0.10, 1.05
+INSIDE = "LORAX_BENCH_NAMESPACE"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A link, and the adapter that it carries, of 84 MB ÷ `divisor`.
+
+    `rate` is bytes per second of each connection, or if `shared` of all. `shaper` is Mbit/s of the
+    kernel's token bucket filter instead, with a burst of 256 KB and a queue that drops nothing.
+    """
+
+    rate: float = 0.0
+    delay: float = 0.0
+    divisor: int = 8
+    shared: bool = False
+    shaper: int = 0
+
+
+ROWS = {
+    "shared, 0.75 s": Row(14e6, shared=True),
+    "shared, 0.75 s, 10 ms": Row(14e6, 0.01, shared=True),
+    "shared, 3 s": Row(3.5e6, shared=True),
+    "own 20 MB/s, 10 ms": Row(20e6, 0.01, 1),
+    "not limited": Row(divisor=1),
+    "tbf 40 Mbit/s, 1 ms": Row(delay=0.001, shaper=40),
+    "tbf 120 Mbit/s, 1 ms": Row(delay=0.001, shaper=120),
+    "tbf 400 Mbit/s, 1 ms": Row(delay=0.001, shaper=400),
+    "tbf 400 Mbit/s, 10 ms": Row(delay=0.01, shaper=400),
+    "tbf 1 Gbit/s, 10 ms": Row(delay=0.01, divisor=1, shaper=1000),
+}
+
+
+@contextmanager
+def shaped(mbit: int) -> Iterator[None]:
+    """Limit this namespace's loopback."""
+    if mbit:
+        limits = f"rate {mbit}mbit burst 256kb limit 40mb"
+        subprocess.run(f"tc qdisc replace dev lo root tbf {limits}".split(), check=True)
+    try:
+        yield
+    finally:
+        if mbit:
+            subprocess.run(["tc", "qdisc", "del", "dev", "lo", "root"], check=True)
+
+
+def request_parts(port: int, nbytes: int, connections: int) -> float:
+    """Return the seconds that so many plain requests take for equal parts of the weights."""
+
+    def request(number: int) -> None:
+        first, stop = (nbytes * n // connections for n in (number, number + 1))
+        head = f"GET /a/{WEIGHTS} HTTP/1.1\r\nHost: x\r\nRange: bytes={first}-{stop - 1}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", port)) as server:
+            server.sendall(head.encode())
+            with server.makefile("rb") as answer:
+                while answer.readline().strip():
+                    pass
+                while (got := len(answer.read(min(MiB, stop - first)))) and first < stop:
+                    first += got
+
+    start = perf_counter()
+    with ThreadPoolExecutor(connections) as threads:
+        list(threads.map(request, range(connections)))
+    return perf_counter() - start
+
+
+async def load(link: Link, folder: Path, cache: Path, given: Options) -> tuple[float, list[float]]:
+    """Return the seconds of a load by a new loader, and when each layer was there."""
+    config = LoaderConfig(
+        device_bytes=88 * MiB,
+        max_slots=1,
+        host_bytes=0,
+        cache_dir=cache,
+        io_threads=given.io_threads,
+        allow=(Allow("http", "127.0.0.1", link.port),),
+    )
+    at: dict[int, float] = {}
+
+    def note(event: Event) -> None:
+        if isinstance(event, LayerReady):
+            at.setdefault(event.layer, perf_counter())
+
+    async with AdapterLoader(layouts.from_adapter(folder), config) as loader:
+        loader.subscribe(note)
+        start = perf_counter()
+        async with loader.stream(link.url("a/")) as handle:
+            await handle.layer_ready(LAYERS - 1)
+        total = perf_counter() - start
+    rmtree(cache)
+    return total, [at[layer] - start for layer in range(LAYERS)]
+
+
+def measure(name: str, row: Row, work: Path, given: Options) -> dict[str, object]:
+    dtype = torch.bfloat16
+    folder = write_adapter(work / name, rank=16, dtype=dtype, seed=1, divisor=row.divisor).path
+    nbytes = (folder / WEIGHTS).stat().st_size
+    files = {f"a/{file}": folder / file for file in (CONFIG, WEIGHTS)}
+    fixed: dict[int, list[float]] = {connections: [] for connections in FIXED}
+    totals, layers, requests = [], [], []
+    with shaped(row.shaper):
+        for _ in range(given.rounds):
+            with Link(files, rate=row.rate, delay=row.delay, shared=row.shared) as link:
+                for connections in FIXED:
+                    fixed[connections].append(request_parts(link.port, nbytes, connections))
+                link.counts(reset=True)
+                total, at = asyncio.run(load(link, folder, work / "cache", given))
+                requests.append(link.counts()["requests"])
+            totals.append(total)
+            layers.append([seconds / total for seconds in at])
+    rmtree(folder)
+    best = min(map(statistics.median, fixed.values()))
+    arrivals = [statistics.median(column) for column in zip(*layers, strict=True)]
+    return {
+        "row": name,
+        "bytes": nbytes,
+        "rounds": given.rounds,
+        "total_s": totals,
+        "fixed_s": fixed,
+        "of_best": statistics.median(totals) / best,
+        "arrivals": arrivals,
+        "late": max(arrivals[round(part * LAYERS) - 1] - part for part in PARTS),
+        "requests": statistics.median(requests),
+    }
+
+
+def print_rows(lines: Sequence[dict[str, object]]) -> None:
+    headings = ("link", "total s", "÷ best fixed", "layer 1", *map(str, PARTS), "late", "requests")
+    cells = []
+    for line in lines:
+        arrivals, totals = line["arrivals"], line["total_s"]
+        assert isinstance(arrivals, list)
+        assert isinstance(totals, list)
+        shown = [arrivals[0], *(arrivals[round(part * LAYERS) - 1] for part in PARTS)]
+        cells.append(
+            [
+                str(line["row"]),
+                f"{statistics.median(totals):.2f}",
+                f"{line['of_best']:.2f}",
+                *(f"{part:.2f}" for part in shown),
+                f"{line['late']:+.2f}",
+                f"{line['requests']:.0f}",
+            ]
+        )
+    title = f"share of a load after which layer k of {LAYERS} is there (late: ≤ {LATE:.2f} is the"
+    print_table(f"{title} target; total: ≤ {TOTAL} of the best of 1, 4, 16)", headings, cells)
+
+
+def enter_namespace() -> None:
+    """Run this script in a network namespace of its own, if the machine permits that."""
+    if INSIDE in os.environ:
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        return
+    inside = ["unshare", "--user", "--map-root-user", "--net"]
+    probe = "ip link set lo up && tc qdisc replace dev lo root tbf rate 1gbit burst 256kb limit 1mb"
+    if all(map(which, ("unshare", "ip", "tc"))):
+        tried = subprocess.run([*inside, "sh", "-c", probe], check=False, capture_output=True)
+        if tried.returncode == 0:
+            environment = os.environ | {INSIDE: "1"}
+            os.execvpe(inside[0], [*inside, sys.executable, *sys.argv], environment)
+    print("no namespace with a shaped loopback can be made here: the rows of tbf are left out")
+
+
+def main() -> int:
+    about = __doc__ or ""
+    given = options("bench_layer_order", about, rounds=5, rows=tuple(ROWS), plots=False)
+    if any(ROWS[name].shaper for name in given.only):
+        enter_namespace()
+    print_environment(given)
+    given.work.mkdir(parents=True, exist_ok=True)
+    names = [name for name in given.only if not ROWS[name].shaper or INSIDE in os.environ]
+    with tempfile.TemporaryDirectory(dir=given.work) as work:
+        lines = [measure(name, ROWS[name], Path(work), given) for name in names]
+    print_rows(lines)
+    write_json(given, lines)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
