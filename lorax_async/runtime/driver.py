@@ -91,7 +91,7 @@ class Driver:
             threads=metadata_threads,
             lifecycle=lifecycle,
             telemetry=telemetry,
-            decide=self._decide,
+            decide=self._decide_fetch,
             verified=self.lease_table.verified,
             before_use=before_use,
         )
@@ -107,6 +107,8 @@ class Driver:
         self._copies = CopyThreads(
             transfer, self._copied, self._wiped, threads=io_threads, images=images
         )
+        self._doubted: dict[AdapterKey, list[CopyRun]] = {}
+        """Runs whose weights failed a check before it was known whether they are the source's."""
         self._commands: deque[Command] = deque()
         self._executing = self._reporting = self._unloading = False
         self._unload_callbacks: dict[AdapterKey, UnloadCallback] = {}
@@ -225,11 +227,29 @@ class Driver:
             fast = nbytes > (staging_seconds + copy_seconds) * FAST_BYTES_PER_SECOND
             self._decide(key, partial(self.lifecycle.copy_done, *copies, fast=fast))
             return
-        here = self.lifecycle.states[key].file is not FileState.FETCHING
-        lost = here and isinstance(error, FetchError)
         if isinstance(error, AdapterFormatError):
             self.files.refuse_weights(key, error)
-        self._decide(key, partial(self.lifecycle.copy_failed, copies[0], error, file_lost=lost))
+            if self.files.is_fetching(key):
+                self._doubted.setdefault(key, []).append(run)
+                return
+        self._fail_run(run, error)
+
+    def _fail_run(self, run: CopyRun, error: LoraxError) -> None:
+        key = run.command.key
+        here = self.lifecycle.states[key].file is not FileState.FETCHING
+        lost = here and isinstance(error, FetchError)
+        self._decide(key, partial(self.lifecycle.copy_failed, run.command, error, file_lost=lost))
+
+    def _decide_fetch(self, key: AdapterKey, outcome: Outcome) -> None:
+        """Decide on an outcome of a fetch, and after its last one on runs that waited for it.
+
+        If other bytes arrived than the source has, that is the error.
+        """
+        self._decide(key, outcome)
+        if key in self._doubted and not self.files.is_fetching(key):
+            for run in self._doubted.pop(key):
+                assert run.error is not None
+                self._fail_run(run, run.error)
 
     def _wiped(self, key: AdapterKey) -> None:
         self._on_loop(lambda: self._decide(key, partial(self.lifecycle.wiped, key)))

@@ -145,6 +145,9 @@ class FetchTasks:
         if key in self._running:
             self._running[key].control.raise_priority()
 
+    def is_fetching(self, key: AdapterKey) -> bool:
+        return key in self._running
+
     def refuse_weights(self, key: AdapterKey, error: LoraxError) -> None:
         """Let the source drop its copy of weights that failed a check, unless it was verified."""
         refuse = self._refusals.get(key)

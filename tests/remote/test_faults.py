@@ -153,6 +153,7 @@ def _flipped(body: bytes) -> bytes:
 
 truncated, reset, stalled = half_and(Client.hang_up), half_and(_reset), half_and(Client.stall)
 wrong_bytes, other_etag = of_body(_flipped), of_body(bytes, '"another"')
+not_finite = of_body(lambda body: b"\xff" * len(body))
 more_than_said = of_body(lambda body: body + b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n!")
 short_body = of_all(lambda data: data[: len(data) // 2])
 long_body = of_all(lambda data: data + b" and then some")
@@ -276,6 +277,7 @@ CASES = {
     # the rest of the weights
     "body truncated": Case(at("body", truncated), FetchError, "closed the connection"),
     "body wrong": Case(at("body", wrong_bytes), IntegrityError, "sha256", verify="before_use"),
+    "body wrong, not finite": Case(at("body", not_finite), IntegrityError, "sha256"),
     "body of another ETag": Case(at("body", other_etag), FileChangedError, "changed"),
     "body of another size": Case(at("body", other_size), FileChangedError, "changed"),
     "body wrong range": Case(at("body", wrong_range), IntegrityError, "were requested"),

@@ -203,7 +203,9 @@ async def setting(
     source = RemoteSource(lambda: parts, verify="stream")
     sizes: dict[str, Any] = {"device_bytes": DEVICE_BYTES, "host_bytes": HOST_BYTES}
     sizes |= {"pinned_bytes": PINNED_BYTES, "staging_bytes": 8 << 20, "max_slots": SLOTS}
-    config = LoaderConfig(device=device, io_threads=2, timeout=60, starvation_age=1.0, **sizes)
+    sizes |= {"io_threads": 2, "timeout": 60, "starvation_age": 1.0}
+    sizes["check_finite"] = False  # the weights are random bytes, some of them no numbers
+    config = LoaderConfig(device=device, **sizes)
     try:
         async with AdapterLoader(LAYOUT, config, source=source) as loader:
             yield Setting(library, url, cache, folder, cache_bytes, loader)
