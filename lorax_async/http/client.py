@@ -337,7 +337,10 @@ class LinkModels:
             model = self._models.setdefault(origin, LinkModel())
             self._models.move_to_end(origin)
             if len(self._models) > _MAX_ORIGINS:
-                self._models.popitem(last=False)
+                # One that receives would be told of the end of responses that it does not know.
+                idle = (each for each, other in self._models.items() if not other.is_receiving)
+                if (oldest := next(idle, origin)) != origin:
+                    del self._models[oldest]
             return model.began(self._clock(), delay)
 
     def received(self, origin: Origin, reception: Reception, nbytes: int) -> bool:

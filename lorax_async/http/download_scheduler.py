@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import insort
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
@@ -111,8 +111,19 @@ def _by_origin(claims: Sequence[ConnectionDemand], urgency: int) -> list[list[in
     for n, claim in enumerate(claims):
         if claim.urgency == urgency:
             by_origin.setdefault(claim.origin, []).append(n)
-    origins = [sorted(members, key=lambda n: claims[n].retried) for members in by_origin.values()]
+    origins = [
+        sorted(members, key=lambda n: claims[n].retried and not claims[n].silent)
+        for members in by_origin.values()
+    ]
     return sorted(origins, key=lambda each: (claims[each[0]].stalled, claims[each[0]].retried))
+
+
+def _in_turn(claims: Mapping[_Stream, ConnectionDemand], now: float) -> list[_Stream]:
+    """Return the claims in their order, but the silent ones by turns: one may never answer."""
+    silent = [stream for stream, claim in claims.items() if claim.silent]
+    first = int(now / _TURN_SECONDS) % max(1, len(silent))
+    others = [stream for stream, claim in claims.items() if not claim.silent]
+    return [*others, *silent[first:], *silent[:first]]
 
 
 def _even(wanted: Sequence[int], connections: int) -> list[int]:
@@ -135,6 +146,9 @@ BUFFER_BYTES = 1 << 20
 """The buffer of each thread: the maximum of one read and one write."""
 
 _SHARES_SECONDS = 0.01
+_TURN_SECONDS = 1.0
+"""For which the connection that an origin's silent downloads share is one's: an answer may be slow.
+"""
 _PROGRESS_BYTES = 1 << 20
 """After this many bytes a piece counts its failures anew."""
 
@@ -506,8 +520,9 @@ class DownloadScheduler:
         is_stalled = self.activity.is_stalled
         announcing = [job for job in self.jobs if job.announced and not job.over]
         soon = max((job.announced for job in announcing if not is_stalled(job.origin)), default=0)
-        parts = shares([*claims.values()], self.connections, soon=soon)
-        return dict(zip(claims, parts, strict=True))
+        ordered = _in_turn(claims, now)
+        parts = shares([claims[stream] for stream in ordered], self.connections, soon=soon)
+        return dict(zip(ordered, parts, strict=True))
 
     def _claims(self, now: float) -> dict[_Stream, ConnectionDemand]:
         claims: dict[_Stream, ConnectionDemand] = {}
@@ -568,6 +583,7 @@ class DownloadScheduler:
             if job.running:
                 job.is_silent = all(
                     now - since[attempt] >= self.activity.patience(attempt)
+                    or (job.is_silent and not attempt.received)  # until it hears something
                     for attempt in job.running
                 )
         parts, running = self._shares(now), _running(self.jobs)

@@ -102,6 +102,10 @@ class LinkModel:
         self._receiving += 1
         return Reception(self._at, self._connection_seconds)
 
+    @property
+    def is_receiving(self) -> bool:
+        return self._receiving > 0
+
     def received(self, reception: Reception, now: float, nbytes: int) -> bool:
         """Record bytes; return whether the estimate differs now.
 

@@ -421,7 +421,8 @@ class Driver:
             self.telemetry.publish(event)
         if occupancy.complete:
             self.telemetry.count("loads")
-            self.lease_table.note_copied(command.key)
+            if not self.files.is_fetching(command.key):  # else its digest may still be wrong
+                self.lease_table.note_copied(command.key)
             self._publish(Resident, command.key, slot=slot)
             life = self.lifecycle.states.get(command.key)
             # After `Resident`, which alone would cancel it.

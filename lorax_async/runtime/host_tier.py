@@ -185,15 +185,17 @@ class MapTasks:
         self._threads = threads
         self._tasks: set[asyncio.Task[None]] = set()
         self._populating: asyncio.Task[None] | None = None
+        self._is_closing = False
 
     def populate(self, key: AdapterKey, *, holdable: bool) -> None:
-        self._populating = self._spawn("populate", key, self._populate(key, holdable=holdable))
+        self._spawn("populate", key, self._populate(key, holdable=holdable))
 
     def unmap(self, key: AdapterKey) -> None:
         self._spawn("release", key, self._release(key))
 
     def begin_close(self) -> None:
-        """Cancel the running populate, which may take long for whole files."""
+        """Cancel the running populate, which may take long for whole files; begin no other."""
+        self._is_closing = True
         if self._populating is not None:
             self._populating.cancel()
 
@@ -205,17 +207,18 @@ class MapTasks:
         for key in tuple(self.maps):
             await self._unmap(key)
 
-    def _spawn(
-        self, verb: str, key: AdapterKey, work: Coroutine[None, None, None]
-    ) -> asyncio.Task[None]:
+    def _spawn(self, verb: str, key: AdapterKey, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work, name=f"lorax {verb} {key}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return task
 
     async def _populate(self, key: AdapterKey, *, holdable: bool) -> None:
         error: LoraxError | None = None
+        # Set here: a task that is cancelled before it has begun would have no outcome.
+        self._populating = asyncio.current_task()
         try:
+            if self._is_closing:
+                raise FetchError("the loader was closed")
             pages = await populate(self._source.reopen(key), self._threads, holdable=holdable)
             if pages is not None:
                 self.maps[key] = pages

@@ -233,6 +233,29 @@ def test_downloads_that_stall_give_way_to_another_of_their_origin() -> None:
     assert sum(world.counts(*stalled)) == 4
 
 
+def test_a_slow_answer_is_waited_for_though_others_of_its_origin_never_come() -> None:
+    """The silent ones have the one connection by turns, beside one that uses all the others."""
+    world = World()
+    dead, slow, busy = [world.job(99) for _ in range(3)], world.job(9), world.job(10_000)
+    begun: dict[Attempt, tuple[float, Connection]] = {}
+    for hundredths in range(1, 900):
+        now = hundredths / 100
+        world.begin(4 - sum(len(job.running) for job in (slow, *dead, busy)))
+        world.look(now)
+        for job in (slow, *dead, busy):
+            for attempt in list(job.running):
+                if attempt not in begun:
+                    begun[attempt] = now, unopened()
+                    attempt.use(begun[attempt][1])
+                since, connection = begun[attempt]
+                if attempt.ended:
+                    job.leave(attempt, None)
+                elif job is busy or (job is slow and now - since > 0.6):
+                    connection.received += 1
+    heard = [begun[attempt][1].received for attempt in slow.running]
+    assert sum(heard) > 100
+
+
 def _answers(world: World) -> None:
     """It sends something now and then, and all is there."""
     job = world.job(4)

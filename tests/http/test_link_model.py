@@ -3,7 +3,9 @@
 import pytest
 from simulated_link import HEAD, FixedDownload, LinkConditions, PlannedDownload, simulate
 
+from lorax_async.http.client import LinkModels
 from lorax_async.http.link_model import LinkModel
+from lorax_async.urls import Origin
 
 QUARTERS = (0.25, 0.5, 0.75)
 SHAPED = 256 << 10
@@ -65,3 +67,20 @@ def test_connections_with_a_rate_of_their_own_are_all_used(nbytes: int) -> None:
     assert download.finished <= 1.08 * bound
     assert (download.times[0] - download.header) / download.seconds <= 0.08
     assert download.most == 16
+
+
+def test_an_origin_that_receives_is_not_forgotten_for_others() -> None:
+    now = 0.0
+    links = LinkModels(lambda: now)
+    busy = Origin("https", "busy.example", 443)
+    reception = links.began(busy, 0.25)
+    for n in range(1000):
+        other = Origin("https", f"{n}.example", 443)
+        links.began(other, 0.01)
+        links.ended(other)
+    for _ in range(9):
+        now += 0.1
+        links.received(busy, reception, 100_000)
+    links.ended(busy)
+    assert links.estimate(busy).delay == 0.25
+    assert links.estimate(Origin("https", "0.example", 443)).rate is None

@@ -26,6 +26,7 @@ from tiny_sources import Slowed, make_source, over, state
 
 from lorax_async import AdapterKey, SlotId, errors
 from lorax_async.concurrency import Inbox, ThreadPool
+from lorax_async.config import LocalRoot
 from lorax_async.devices import transfer
 from lorax_async.devices.base import CopyTicket
 from lorax_async.devices.transfer import (
@@ -414,3 +415,25 @@ async def test_a_copy_that_is_wanted_no_longer_reads_its_file_to_the_end(tmp_pat
             tiny.assert_equal_to_file(handle, tmp_path / "a")
         assert there.statistics().failures == 0
         assert source.counts.opens == 1
+
+
+@pytest.mark.each_loop
+@pytest.mark.usefixtures("nothing_left")
+async def test_it_closes_in_the_turn_in_which_a_file_would_be_populated(tmp_path: Path) -> None:
+    """The task is there then, and has not begun."""
+    for name in "ab":
+        tiny.write(tmp_path / name, seed=ord(name))
+    roots = (LocalRoot(tmp_path, immutable=True),)
+    async with loader(max_slots=1, local_roots=roots) as there:
+        held = await there.load("./a")
+        waiting = asyncio.create_task(fails(there.load("./b"), errors.LoaderClosedError))
+        await until(lambda: there.placement().usage.waiting == 1)
+
+        async def release() -> None:
+            await asyncio.sleep(0)
+            held.release()
+
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            group.create_task(release())
+            group.create_task(there.close(timeout=1))
+        await waiting
