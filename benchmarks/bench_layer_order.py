@@ -59,6 +59,7 @@ ROWS = {
     "shared, 0.75 s, 10 ms": Row(14e6, 0.01, shared=True),
     "shared, 3 s": Row(3.5e6, shared=True),
     "own 20 MB/s, 10 ms": Row(20e6, 0.01, 1),
+    "own 50 MB/s, 2 ms": Row(50e6, 0.002, 1),
     "not limited": Row(divisor=1),
     "tbf 40 Mbit/s, 1 ms": Row(delay=0.001, shaper=40),
     "tbf 120 Mbit/s, 1 ms": Row(delay=0.001, shaper=120),

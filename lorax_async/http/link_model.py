@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from math import log2
+from math import ceil, log2
 
 _WINDOWS = 0.005, 0.003
 _LATER_WINDOWS = 0.01
@@ -13,8 +13,16 @@ _LATER_WINDOWS = 0.01
 _WINDOW_BYTES = 64 << 10
 """Per receiving connection. Less is noise: a buffer empties at once."""
 
-_WEIGHT = 0.3
-"""Of the newest comparison of two numbers of connections."""
+_WEIGHT, _FIRST_WEIGHT = 0.5, 0.7
+"""Of the newest comparison of two numbers of connections, and of a number's first one."""
+
+_APART = 0.3
+"""Numbers are compared that are this many doublings apart."""
+
+_PATIENCE = 6, 96
+"""After so many windows twice as many connections are tried: the first number at the beginning,
+twice as many windows after each try that added little, at most the last number.
+"""
 
 _IDLE = 0.25
 """After longer pauses, as a part of a window, what a bucket saved up meanwhile counts as a rate."""
@@ -46,6 +54,8 @@ class LinkEstimate:
         Bytes per second of all these together, with the pauses that there were lately.
     is_compared
         Whether different numbers of connections were compared.
+    trial
+        How many to use for a while, to see whether they bring more; 0 for no trial.
     """
 
     delay: float
@@ -53,6 +63,7 @@ class LinkEstimate:
     rate: float | None = None
     flow: float = 0.0
     is_compared: bool = False
+    trial: int = 0
 
 
 @dataclass(slots=True)
@@ -79,9 +90,13 @@ class LinkModel:
     def __init__(self) -> None:
         self._delays = deque[float](maxlen=_DELAYS)
         self._shape: dict[int, float] = {}
-        self._number = 0
+        self._compared = set[int]()
+        self._number, self._average = 0, 0.0
         self._rate = 0.0
         """Of the last window, in which so many connections received."""
+
+        self._untried, self._patience = 0, _PATIENCE[0]
+        """Windows since more connections were tried, and before they are tried again."""
 
         self._flow: float | None = None
         self._is_burst = False
@@ -131,15 +146,14 @@ class LinkModel:
         """Return what is known of the link.
 
         More connections are expected to go on adding throughput as far again as they have done so.
+        Where they added little, twice as many are tried now and then.
         """
         delay = min(self._delays, default=_UNKNOWN_DELAY)
         if self._flow is None:
             return LinkEstimate(delay)
         if not self._shape:
             return LinkEstimate(delay, 1, self._flow, self._flow, is_compared=True)
-        numbers = sorted(self._shape)
-        most = max(self._shape.values())
-        enough = next(n for n in numbers if self._shape[n] >= _ENOUGH * most)
+        numbers, enough = sorted(self._shape), self._enough()
         growth = 1.0
         if enough == numbers[-1]:
             growths = (
@@ -155,7 +169,13 @@ class LinkModel:
             rate / enough,
             min(self._flow, rate) * growth,
             is_compared=len(numbers) > 1,
+            trial=2 * ceil(self._average) if self._untried >= self._patience else 0,
         )
+
+    def _enough(self) -> int:
+        """Return the least number of connections that bring nearly the most."""
+        most = max(self._shape.values())
+        return min(n for n, value in self._shape.items() if value >= _ENOUGH * most)
 
     # -- windows ----------------------------------------------------------------------------------
 
@@ -189,14 +209,14 @@ class LinkModel:
         self._seconds += seconds
         self._together += together
         self._all_bytes += nbytes * together / seconds
-        number, elapsed = self._together / self._seconds, self._flowed + self._paused
+        number, elapsed = max(1.0, self._together / self._seconds), self._flowed + self._paused
         least = _WINDOWS[len(self._shape)] if len(self._shape) < 2 else _LATER_WINDOWS
         if min(elapsed, self._seconds / number) < least or self._nbytes < _WINDOW_BYTES * number:
             return False
         rate = self._all_bytes / self._seconds
         self._flow = rate * self._flowed / elapsed
         if not self._is_burst or self._shape or self._paused <= _IDLE * elapsed:
-            self._compare(2 ** max(0, round(log2(number))), rate)
+            self._compare(number, rate)
         self._begin_window()
         return True
 
@@ -206,20 +226,41 @@ class LinkModel:
             self._is_burst = True
             self._begin_window()
 
-    def _compare(self, number: int, rate: float) -> None:
-        """Record the rate of a window; compare it with that of the window before."""
+    def _compare(self, average: float, rate: float) -> None:
+        """Record the rate of a window, in which `average` connections received.
+
+        It is compared with that of the window before, if the numbers are far enough apart: what a
+        doubling adds is between nothing and twice the rate, and the same for the rounded numbers.
+        """
+        number = 2 ** max(0, round(log2(average)))
         if not self._shape:
             self._shape[number] = 1.0
             if self._is_burst:
                 self._shape[1] = 1.0
-        elif number != self._number:
-            seen = self._shape[self._number] * rate / self._rate
-            before = seen
-            if len(self._shape) > 1:  # nothing added is what a new number has to disprove
-                fewer = max((n for n in self._shape if n <= number), default=min(self._shape))
-                before = self._shape[fewer]
-            self._shape[number] = before * (seen / before) ** _WEIGHT
-            for other, value in self._shape.items():  # more connections bring no less
-                limit = min if other < number else max
-                self._shape[other] = limit(value, self._shape[number])
-        self._number, self._rate = number, rate
+            self._number = number
+        enough = self._enough()
+        self._untried += 1
+        if number != self._number:
+            doublings = log2(average / self._average)
+            if abs(doublings) < _APART:
+                return
+            added = max(0.0, min(1.0, log2(rate / self._rate) / doublings))
+            self._adjust(number, self._shape[self._number] * (number / self._number) ** added)
+            if number > enough:
+                self._untried = 0
+                is_other = self._enough() != enough
+                self._patience = _PATIENCE[0] if is_other else min(2 * self._patience, _PATIENCE[1])
+        self._number, self._average, self._rate = number, average, rate
+
+    def _adjust(self, number: int, seen: float) -> None:
+        """Move the value of a number towards this one."""
+        before = seen
+        if len(self._shape) > 1:  # nothing added is what a new number has to disprove
+            fewer = max((n for n in self._shape if n <= number), default=min(self._shape))
+            before = self._shape[fewer]
+        weight = _WEIGHT if number in self._compared else _FIRST_WEIGHT
+        self._compared.add(number)
+        self._shape[number] = before * (seen / before) ** weight
+        for other, value in self._shape.items():  # more connections bring no less
+            limit = min if other < number else max
+            self._shape[other] = limit(value, self._shape[number])

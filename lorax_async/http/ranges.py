@@ -117,7 +117,7 @@ class RangePlan:
         waiting = _FILLED * flow * link.delay
         spare = min(connections - enough, max(1, ceil(waiting / least)))
         piece = max(least, min(own, waiting / spare))
-        return Pace(enough + spare, piece, staggered=True)
+        return Pace(min(connections, max(enough + spare, link.trial)), piece, staggered=True)
 
     def _first_pace(self, link: LinkEstimate, connections: int) -> Pace:
         """Request little until it is known whether connections share a rate, then as much again."""

@@ -69,6 +69,20 @@ def test_connections_with_a_rate_of_their_own_are_all_used(nbytes: int) -> None:
     assert download.most == 16
 
 
+@pytest.mark.parametrize("delay", [0.002, 0.010, 0.030])
+@pytest.mark.parametrize("own", [5e6, 20e6, 50e6, 80e6])
+@pytest.mark.parametrize("burst", [32 << 10, 64 << 10])
+def test_connections_found_too_few_at_first_are_tried_again(
+    own: float, delay: float, burst: int
+) -> None:
+    """The first bytes of each come in a burst, so a link like this looks like a shared one."""
+    conditions, links = LinkConditions(delay, own=own, burst=burst), LinkModel()
+    best = best_seconds(conditions, 84_000_000, 32)
+    first, *others = [planned(conditions, 84_000_000, 32, links).finished for _ in range(3)]
+    assert first <= 2.5 * best
+    assert max(others) <= 1.25 * best
+
+
 def test_an_origin_that_receives_is_not_forgotten_for_others() -> None:
     now = 0.0
     links = LinkModels(lambda: now)
