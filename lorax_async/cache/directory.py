@@ -266,8 +266,8 @@ class CacheDirectory:
             suppress(FileNotFoundError),
         ):
             if only is None or only.is_named(name, parent):
-                self._has_trash = True
                 os.rename(name, unique(), src_dir_fd=parent.fd, dst_dir_fd=trash.fd)
+                self._has_trash = True  # not before: another thread may be emptying it
 
     def empty_trash(self) -> None:
         """Remove all of the trash, also what others are removing now. Slow."""
