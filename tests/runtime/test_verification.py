@@ -5,6 +5,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import tiny
 import torch
 from cancellation_sweep import raising
@@ -14,7 +15,11 @@ from tensor_adapters import acquired
 from tiny_loaders import fails, loader
 from tiny_sources import WEIGHTS, Slowed, is_resident, make_source, over, state
 
-from lorax_async import AdapterHandle, Failed, errors
+from lorax_async import AdapterHandle, AdapterKey, Failed, errors
+from lorax_async.concurrency import FetchControl
+from lorax_async.files import Reader
+from lorax_async.sources.base import AdapterFile
+from lorax_async.testing import FakeSource
 from lorax_async.types import AdapterRef, Verification, VerificationKind
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -342,3 +347,38 @@ async def test_a_slot_that_cannot_be_zeroed_is_free_all_the_same(tmp_path: Path)
         await until(lambda: state(there, "a") == "nowhere")
         async with await there.load("a") as handle:
             tiny.assert_equal_to_file(handle, tmp_path / "a")
+
+
+class Rewritten(FakeSource):
+    """The bytes of `key` are those of another adapter once its own are `gone`."""
+
+    gone = False
+
+    def given(self, key: AdapterKey) -> AdapterKey:
+        return self.other if self.gone and key == self.key else key
+
+    async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:
+        return await super().open(self.given(key), control)
+
+    def reopen(self, key: AdapterKey) -> Reader:
+        return super().reopen(self.given(key))
+
+    def put_both(self, config: bytes, own: bytes, other: bytes) -> None:
+        self.key, self.other = self.put("a", config, own), self.put("other", config, other)
+
+
+async def test_bytes_that_were_false_vouch_for_no_others(tmp_path: Path) -> None:
+    """The first bytes of a version are finite, and damaged; its own have a NaN."""
+    config, weights = tiny.files(tiny.write(tmp_path / "a"))
+    ruined = safetensors.torch.load(weights)
+    next(iter(ruined.values())).view(-1)[0] = float("nan")
+    source = Rewritten()
+    source.put_both(config, weights, safetensors.torch.save(ruined))
+    source.hold_verification("a")
+    async with over(source) as there:
+        async with there.stream("a") as handle:
+            await handle.layer_ready(3)
+            told_false(source)
+            await fails(handle.verified(), errors.IntegrityError)
+        source.gone = True
+        await fails(there.load("a"), errors.AdapterFormatError, "NaN or infinite")
