@@ -248,11 +248,16 @@ def test_the_programs_about_sources_run(session: Opening, hub: dict[str, str], c
     assert all(f"{name} " in printed for name in hub)
 
 
-def test_the_programs_of_a_fleet_compile() -> None:
-    """Running them takes Ray."""
+def test_the_programs_of_a_fleet_import_what_they_use(tmp_path: Path) -> None:
+    """Running them takes Ray, and what a fleet has."""
     programs = [block.code for block in blocks(DOCS / "fleet.md") if block.language == "python"]
     for code in programs:
         compile(code, "fleet.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        (tmp_path / "program.py").write_text(code)
+        ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821,F823"]
+        command = [*ruff, str(tmp_path / "program.py")]
+        checked = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stdout
     assert len(programs) == 4
 
 
