@@ -129,9 +129,8 @@ async def test_names_and_tiers_are_told_as_they_change(tmp_path: Path) -> None:
         assert (told.first["base"], told.first["cold"]) == ("base", [])
         assert told.rows["one"]["tier"] == "source"
         async with await world.service.loader.load(one):
-            await told.until(lambda: told.rows["one"]["tier"] == "device")
-            row = {"state": "resident", "bytes": ONE, "leases": 1, "error": None}
-            assert row.items() <= told.rows["one"].items()
+            row = {"tier": "device", "state": "resident", "bytes": ONE, "leases": 1, "error": None}
+            await told.until(lambda: row.items() <= told.rows["one"].items())
         await told.until(lambda: not told.rows["one"]["leases"])
         await world.service.loader.unload(one)
         await told.until(lambda: told.rows["one"]["tier"] == "disk")
