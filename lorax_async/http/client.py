@@ -336,12 +336,13 @@ class LinkModels:
         with self._lock:
             model = self._models.setdefault(origin, LinkModel())
             self._models.move_to_end(origin)
+            reception = model.began(self._clock(), delay)
             if len(self._models) > _MAX_ORIGINS:
-                # One that receives would be told of the end of responses that it does not know.
+                # A new model must not be told of the end of responses to a forgotten one.
                 idle = (each for each, other in self._models.items() if not other.is_receiving)
-                if (oldest := next(idle, origin)) != origin:
+                if (oldest := next(idle, None)) is not None:
                     del self._models[oldest]
-            return model.began(self._clock(), delay)
+            return reception
 
     def received(self, origin: Origin, reception: Reception, nbytes: int) -> bool:
         """Record bytes of a response; return whether the origin's estimate differs now."""

@@ -119,9 +119,9 @@ def _by_origin(claims: Sequence[ConnectionDemand], urgency: int) -> list[list[in
 
 
 def _in_turn(claims: Mapping[_Stream, ConnectionDemand], now: float) -> list[_Stream]:
-    """Return the claims in their order, but the silent ones by turns: one may never answer."""
+    """Return the claims; the silent ones take turns at being first, as one may never answer."""
     silent = [stream for stream, claim in claims.items() if claim.silent]
-    first = int(now / _TURN_SECONDS) % max(1, len(silent))
+    first = int(now / _SILENT_TURN_SECONDS) % max(1, len(silent))
     others = [stream for stream, claim in claims.items() if not claim.silent]
     return [*others, *silent[first:], *silent[:first]]
 
@@ -146,9 +146,8 @@ BUFFER_BYTES = 1 << 20
 """The buffer of each thread: the maximum of one read and one write."""
 
 _SHARES_SECONDS = 0.01
-_TURN_SECONDS = 1.0
-"""For which the connection that an origin's silent downloads share is one's: an answer may be slow.
-"""
+_SILENT_TURN_SECONDS = 1.0
+"""How long each of an origin's silent downloads has the one connection that they share."""
 _PROGRESS_BYTES = 1 << 20
 """After this many bytes a piece counts its failures anew."""
 

@@ -14,14 +14,14 @@ _WINDOW_BYTES = 64 << 10
 """Per receiving connection. Less is noise: a buffer empties at once."""
 
 _WEIGHT, _FIRST_WEIGHT = 0.5, 0.7
-"""Of the newest comparison of two numbers of connections, and of a number's first one."""
+"""How much a comparison of two numbers of connections counts, and the first one of a number."""
 
 _APART = 0.3
-"""Numbers are compared that are this many doublings apart."""
+"""Doublings between two numbers of connections, from which on they are compared."""
 
 _PATIENCE = 6, 96
-"""After so many windows twice as many connections are tried: the first number at the beginning,
-twice as many windows after each try that added little, at most the last number.
+"""Windows before twice as many connections are tried: at first, and at most. Each trial that adds
+little doubles them.
 """
 
 _IDLE = 0.25
@@ -96,7 +96,7 @@ class LinkModel:
         """Of the last window, in which so many connections received."""
 
         self._untried, self._patience = 0, _PATIENCE[0]
-        """Windows since more connections were tried, and before they are tried again."""
+        """Windows since the last trial of more connections, and those before the next one."""
 
         self._flow: float | None = None
         self._is_burst = False
@@ -229,8 +229,8 @@ class LinkModel:
     def _compare(self, average: float, rate: float) -> None:
         """Record the rate of a window, in which `average` connections received.
 
-        It is compared with that of the window before, if the numbers are far enough apart: what a
-        doubling adds is between nothing and twice the rate, and the same for the rounded numbers.
+        If that number is far enough from the one of the window before, the two rates tell what a
+        doubling adds, from nothing to the same rate again. That then holds for the rounded numbers.
         """
         number = 2 ** max(0, round(log2(average)))
         if not self._shape:

@@ -97,4 +97,5 @@ def test_an_origin_that_receives_is_not_forgotten_for_others() -> None:
         links.received(busy, reception, 100_000)
     links.ended(busy)
     assert links.estimate(busy).delay == 0.25
-    assert links.estimate(Origin("https", "0.example", 443)).rate is None
+    never_seen = Origin("https", "other.example", 443)
+    assert links.estimate(Origin("https", "0.example", 443)) == links.estimate(never_seen)
