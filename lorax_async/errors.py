@@ -18,7 +18,9 @@ MAX_TEXT = 1_000
 
 def shorten(text: str, limit: int = MAX_TEXT) -> str:
     """Cut untrusted text to `limit` printable characters."""
-    clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    clean = text
+    if not text.isprintable():
+        clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from ipaddress import ip_address
 from itertools import count
 from threading import Lock, Thread
@@ -21,7 +21,15 @@ from lorax_async.formats.spans import ByteRange
 from lorax_async.http.connection import Attempt, Connection, ResponseHead
 from lorax_async.http.failures import DENIED, RetryableError, io_error, lookup_error
 from lorax_async.http.link_model import LinkEstimate, LinkModel, Reception
-from lorax_async.http.settings import HttpSettings, Proxies, Proxy, Rules, is_public, tls_context
+from lorax_async.http.settings import (
+    Address,
+    HttpSettings,
+    Proxies,
+    Proxy,
+    Rules,
+    is_public,
+    tls_context,
+)
 from lorax_async.http.target import ResolvedLocation, Target, Validators
 from lorax_async.telemetry import Span, Tracer
 from lorax_async.urls import InvalidUrlError, Origin, Url, is_address, resolve_redirect
@@ -298,8 +306,15 @@ def _require_name(host: str) -> None:
 
 
 def _is_allowed(text: str, url: Url, rules: Rules) -> bool:
-    address = ip_address(text.partition("%")[0])  # sockets show some with a zone
-    return is_public(address) or rules.allows_address(url, address)
+    address, public = _address(text)
+    return public or rules.allows_address(url, address)
+
+
+@lru_cache(256)
+def _address(text: str) -> tuple[Address, bool]:
+    """Parse an address that a socket shows, some with a zone; tell whether it is public."""
+    address = ip_address(text.partition("%")[0])
+    return address, is_public(address)
 
 
 def _refused_error(origin: Origin) -> AccessDeniedError:

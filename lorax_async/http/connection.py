@@ -126,8 +126,9 @@ class Connection:
 
         `all_of_it` waits for a full view where the kernel can: fewer calls, no GIL between.
         """
+        assert self._socket is not None
         flags = socket.MSG_WAITALL if all_of_it and not self._is_tls else 0
-        count = self._open_socket.recv_into(view, 0, flags)
+        count = self._socket.recv_into(view, 0, flags)
         if self._aborted and not count:  # what came before the abort is good
             raise AbortedError
         self.received += count
@@ -214,10 +215,12 @@ class Connection:
         A failure is raised by the call that has no byte to return. Raises as `receive_head` does.
         """
         assert self._response is not None
-        got = 0
+        receiver, got = self._receiver, 0
         while got < len(view):
             # Wait for few bytes in one call on a slow link, so that progress is visible there.
-            size = max(_MIN_READ_BYTES, int((self.measured()[1] or 0.0) * _REPORTED_SECONDS))
+            size = _MIN_READ_BYTES
+            if receiver.seconds > 0:
+                size = max(size, int(receiver.nbytes / receiver.seconds * _REPORTED_SECONDS))
             part = view[got : got + size]
             try:
                 count = self._response.readinto(part)
@@ -311,22 +314,22 @@ class _Receiver(io.RawIOBase):
             count = self._connection.receive(view, all_of_it=len(view) > _BUFFER_BYTES)
             self.nbytes += count
             self.seconds += self._clock() - begun
-            self._check_rate()
+            if self.seconds - self._checked[1] >= self._timeouts.over:
+                self._check_rate()
         except (OSError, AbortedError, RetryableError) as error:
             self.failure = error
             return 0
         return count
 
     def _check_rate(self) -> None:
-        """Raise `RetryableError` below `Timeouts.slowest`."""
+        """Raise `RetryableError` below `Timeouts.slowest`, on average since the last check."""
         nbytes, seconds = self.nbytes - self._checked[0], self.seconds - self._checked[1]
-        if seconds >= self._timeouts.over:
-            if nbytes / seconds < self._timeouts.slowest:
-                raise timeout_error(
-                    f"{self._connection.peer} sent {nbytes / seconds:,.0f} bytes per second, less"
-                    f" than the {self._timeouts.slowest:,.0f} that are required"
-                )
-            self._checked = (self.nbytes, self.seconds)
+        if nbytes / seconds < self._timeouts.slowest:
+            raise timeout_error(
+                f"{self._connection.peer} sent {nbytes / seconds:,.0f} bytes per second, less"
+                f" than the {self._timeouts.slowest:,.0f} that are required"
+            )
+        self._checked = (self.nbytes, self.seconds)
 
     def _receive_head(self, view: memoryview, deadline: float) -> int:
         peer = self._connection.peer

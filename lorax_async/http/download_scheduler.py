@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
-from threading import Condition, Event, Lock, Thread, current_thread
+from threading import Condition, Event, Lock, RLock, Thread, current_thread
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from lorax_async.errors import FetchError, FetchTimeoutError, InternalError, LoraxError
@@ -234,18 +234,18 @@ class Job(ABC, Generic[T]):
 
     def cancel(self, error: LoraxError) -> None:
         """End it with this error; `done`, if not set, follows when its threads have left. Quick."""
-        with self.scheduler.changed:
+        with self.scheduler.lock:
             self.fail(error)
         self.scheduler.finish(self)
 
     def raise_priority(self, urgency: int) -> None:
-        with self.scheduler.changed:
+        with self.scheduler.lock:
             self.urgency = urgency
 
     def wanted(self, now: float) -> int:
         """Return how many connections it can use now."""
         used = len(self.running)
-        if now < self.not_before:
+        if now < self.not_before or not self.pending:
             return used
         more = sum(piece.not_before <= now for piece in self.pending)
         return max(used, min(int(self.limit), used + more))
@@ -443,7 +443,7 @@ _Stream = tuple[Job[Any], Hashable]
 
 
 class DownloadScheduler:
-    """The jobs of one downloader. `changed` is its lock, and is notified of more to do."""
+    """The jobs of one downloader. `changed` shares its `lock`, and is notified of more to do."""
 
     def __init__(
         self,
@@ -453,7 +453,8 @@ class DownloadScheduler:
         draw: Callable[[], float],
         stuck: float,
     ) -> None:
-        self.changed = Condition()
+        self.lock = RLock()
+        self.changed = Condition(self.lock)
         self.connections = connections
         self.retries = retries
         self.clock = clock
@@ -504,7 +505,7 @@ class DownloadScheduler:
 
         A wave of 16 pieces on 15 connections would take two rounds; one of 8 is as good as any.
         """
-        with self.changed:
+        with self.lock:
             claims = self._claims(self.clock()).values()
         others = [claim for claim in claims if claim.origin != origin]
         if not others:
@@ -611,7 +612,7 @@ class DownloadScheduler:
 
     def finish(self, job: Job[Any]) -> None:
         """Set a job's outcome once no thread works on it any more. Without the lock."""
-        with self.changed:
+        with self.lock:
             if not job.over or job.running or job not in self.jobs:
                 return
             self.jobs.remove(job)
@@ -650,7 +651,7 @@ class WorkerPool:
 
     def submit(self, job: Job[Any]) -> None:
         """Start a job. Quick. Raises `FetchError` once the pool is closed."""
-        with self._scheduler.changed:
+        with self._scheduler.lock:
             if self.closed:
                 raise FetchError("the downloader is closed", retryable=False)
             self._scheduler.jobs.append(job)
@@ -671,7 +672,7 @@ class WorkerPool:
 
     def close(self) -> None:
         """Cancel all jobs, and wait until the threads have ended, but for the caller's own."""
-        with self._scheduler.changed:
+        with self._scheduler.lock:
             self.closed = True
             jobs = list(self._scheduler.jobs)
             self._scheduler.changed.notify_all()
@@ -682,7 +683,7 @@ class WorkerPool:
             thread.join()
 
     def _running_thread(self) -> Thread | None:
-        with self._spawning, self._scheduler.changed:
+        with self._spawning, self._scheduler.lock:
             threads = [*self._workers, self._timer]
         return next((thread for thread in threads if thread not in {None, current_thread()}), None)
 
@@ -690,7 +691,7 @@ class WorkerPool:
         """Start the threads that jobs want now, or soon. On the timer thread."""
         while True:
             with self._spawning:
-                with self._scheduler.changed:
+                with self._scheduler.lock:
                     if len(self._workers) >= self._scheduler.wanted_threads():
                         return
                     worker = Thread(target=self._work, name="lorax-http", daemon=True)
@@ -710,7 +711,7 @@ class WorkerPool:
     def _next(self) -> Task | None:
         """Wait for a task; None after `idle` seconds, or once the pool is closed."""
         scheduler = self._scheduler
-        with scheduler.changed:
+        with scheduler.lock:
             late = scheduler.clock() + self._idle
             while not self.closed:
                 task = scheduler.next()
@@ -735,7 +736,7 @@ class WorkerPool:
         except Exception as error:  # noqa: BLE001 - it ends this job, and no other
             failure = InternalError(f"a fetch failed: {type(error).__name__}")
             failure.__cause__ = error
-        with self._scheduler.changed:
+        with self._scheduler.lock:
             job.leave(attempt, failure)
             # For another thread, too: this one looks itself.
             if job.wanted(self._scheduler.clock()) > len(job.running):
@@ -751,7 +752,7 @@ class WorkerPool:
         """Spawn, expire, reclaim and wake; return the next pause, or None when all is done."""
         self._spawn()
         scheduler = self._scheduler
-        with scheduler.changed:
+        with scheduler.lock:
             now = scheduler.clock()
             late = [job for job in scheduler.jobs if not job.over and job.deadline <= now]
             for job in late:
@@ -761,7 +762,7 @@ class WorkerPool:
         for job in late:
             scheduler.finish(job)
         kept = self._pool.expire() or busy
-        with scheduler.changed:
+        with scheduler.lock:
             if scheduler.jobs and not self.closed:
                 scheduler.changed.notify_all()
                 return _TICK_SECONDS

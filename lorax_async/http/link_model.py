@@ -102,6 +102,9 @@ class LinkModel:
         self._is_burst = False
         self._saved = 0
         self._receiving = 0
+        self._known: LinkEstimate | None = None
+        """The estimate, until something changes it."""
+
         self._at = 0.0
         self._connection_seconds = 0.0
         self._begin_window()
@@ -114,6 +117,7 @@ class LinkModel:
             self._paused += pause
             self._saved = int((self._flow or 0.0) * pause)
         self._delays.append(delay)
+        self._known = None
         self._receiving += 1
         return Reception(self._at, self._connection_seconds)
 
@@ -148,6 +152,11 @@ class LinkModel:
         More connections are expected to go on adding throughput as far again as they have done so.
         Where they added little, twice as many are tried now and then.
         """
+        if self._known is None:
+            self._known = self._estimate()
+        return self._known
+
+    def _estimate(self) -> LinkEstimate:
         delay = min(self._delays, default=_UNKNOWN_DELAY)
         if self._flow is None:
             return LinkEstimate(delay)
@@ -214,7 +223,7 @@ class LinkModel:
         if min(elapsed, self._seconds / number) < least or self._nbytes < _WINDOW_BYTES * number:
             return False
         rate = self._all_bytes / self._seconds
-        self._flow = rate * self._flowed / elapsed
+        self._flow, self._known = rate * self._flowed / elapsed, None
         if not self._is_burst or self._shape or self._paused <= _IDLE * elapsed:
             self._compare(number, rate)
         self._begin_window()

@@ -45,9 +45,9 @@ _CONNECT_SECONDS = 0.005
 """What a new connection costs here, however near the server is."""
 
 _READ_BYTES = 32 << 10
-_READ_SECONDS = 0.02
-"""Read at first this many bytes at once, then as many as came before, at most what comes in this
-time: few calls on a fast link, early reports on a slow one.
+_READ_SECONDS = 0.01
+"""Read what comes in this time at once: few calls on a fast link, early reports on a slow one. Of a
+link that is not known, read at first this many bytes, then as many as came before.
 """
 
 _SPLIT_AFTER = 0.25
@@ -275,10 +275,11 @@ class Download(_FileJob[None]):
         """
         if self._whole is not None or now < self.not_before or len(self.running) >= self._most:
             return None
-        link, pieces = self._link(), list(self.running.values())
-        for piece in sorted(pieces, key=lambda each: each.claimed - each.stop):
-            left = (max(piece.at, piece.claimed), piece.stop)
-            if piece.rate is None or left[0] >= left[1] or now - piece.begun < _SPLIT_AFTER:
+        pieces = list(self.running.values())
+        slow = [each for each in pieces if now - each.begun >= _SPLIT_AFTER]
+        for piece in sorted(slow, key=lambda each: each.claimed - each.stop):
+            left, link = (max(piece.at, piece.claimed), piece.stop), self._link()
+            if piece.rate is None or left[0] >= left[1]:
                 continue
             others = [each.rate for each in pieces if each is not piece and each.rate is not None]
             usual = statistics.median(others) if others else link.rate or 0.0
@@ -318,16 +319,18 @@ class Download(_FileJob[None]):
                 self._fetch(piece, response, buffer)
 
     def _fetch(self, piece: DownloadPiece, response: Response, buffer: memoryview) -> None:
-        count = self._claim(piece, min(_READ_BYTES, len(buffer)))
+        usual = self._link().rate
+        least = max(_READ_BYTES, int((usual or 0.0) * _READ_SECONDS))
+        count = self._claim(piece, min(least, len(buffer)))
         while count:
             got = response.fill(buffer[:count])
             if not got:
                 raise broken_off(str(response.location.url))
             self._write(piece.at, buffer[:got])
             rate = response.rate
-            at_once = max(_READ_BYTES, int((rate or 0.0) * _READ_SECONDS))
-            at_once = min(len(buffer), at_once, max(_READ_BYTES, response.received))
-            with self.scheduler.changed:
+            at_once = max(_READ_BYTES, int((rate or usual or 0.0) * _READ_SECONDS))
+            at_once = min(len(buffer), at_once, max(least, response.received))
+            with self.scheduler.lock:
                 complete = self._arrivals.landed((piece.at, piece.at + got))
                 piece.at += got
                 piece.received += got
@@ -335,13 +338,14 @@ class Download(_FileJob[None]):
                 self.received += got
                 count = self._claim(piece, at_once)
                 if response.link_differs and self._plan.left:
-                    self.scheduler.changed.notify_all()
+                    more = self.wanted(self.scheduler.clock()) - len(self.running)
+                    self.scheduler.changed.notify(more)
             for group in complete:
                 self._arrived(group)
 
     def _claim(self, piece: DownloadPiece, most: int) -> int:
         """Return how many bytes to read next: `split` leaves them to this thread."""
-        with self.scheduler.changed:
+        with self.scheduler.lock:
             if self.over:
                 raise AbortedError
             left = piece.stop - piece.at
@@ -356,7 +360,7 @@ class Download(_FileJob[None]):
 
         They put back what they have not written: until then, no other thread may write it.
         """
-        with self.scheduler.changed:
+        with self.scheduler.lock:
             if attempt.ended:
                 raise AbortedError  # another thread saw it first
             if self._whole is None:
@@ -383,7 +387,7 @@ class Download(_FileJob[None]):
             for piece in self._beginning_in(at, at + got):
                 start, stop = piece.at, min(piece.stop, at + got)
                 self._write(start, buffer[start - at : stop - at])
-                with self.scheduler.changed:
+                with self.scheduler.lock:
                     complete = self._arrivals.landed((start, stop))
                     whole.received += stop - start
                     piece.at = stop
@@ -395,7 +399,7 @@ class Download(_FileJob[None]):
 
     def _beginning_in(self, start: int, stop: int) -> list[DownloadPiece]:
         """Return the pending pieces whose next byte is in [start, stop)."""
-        with self.scheduler.changed:
+        with self.scheduler.lock:
             if self.over:
                 raise AbortedError
             return [piece for piece in self.pending if start <= piece.at < stop]
