@@ -116,7 +116,7 @@ def write_adapter(
             values = torch.randn(shape, generator=random)
             tensors[f"{name}.lora_{part}.weight"] = values.to(dtype)
     path.mkdir(parents=True)
-    metadata = {"format": "pt", "mark": _mark(mark).decode()}
+    metadata = {"mark": _mark(mark).decode()}  # one field: their order is left to chance
     save_file(dict(sorted(tensors.items())), path / WEIGHTS, metadata=metadata)
     (path / CONFIG).write_text(json.dumps(peft_config(rank), indent=2))
     for name in (WEIGHTS, CONFIG):

@@ -94,11 +94,7 @@ class CpuDevice:
         if piece is not None:
             target = Extent(extent.offset + piece.target, piece.memory.nbytes)
             self.host_view(target).copy_(piece.memory)
-        self._write_rows(rows, extent, slot)
-        return self._done
-
-    def _write_rows(self, rows: Sequence[TableRow], extent: Extent, slot: int) -> None:
-        """Write addresses and scale before the rank, so that a row with a rank is complete."""
+        # Write addresses and scale before the rank, so that a row with a rank is complete.
         modules, slots = self.rank.shape
         column = self._columns[slot]
         for module, a, b, _, rank, scale in rows:
@@ -108,6 +104,7 @@ class CpuDevice:
             self._address_words[modules * slots + cell] = self._base + extent.offset + b
             self._scale_words[cell] = scale
             self._rank_words[cell] = rank
+        return self._done
 
     def wait_for(self, ticket: CopyTicket, stream: object | None = None) -> None:  # noqa: ARG002
         """Do nothing: every copy is done when `copy` returns."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -49,22 +49,30 @@ _logger = logging.getLogger("lorax_async")
 
 
 def _written_ranges(
-    window: StagingWindow, kind: torch.dtype, vectors: Sequence[VectorSlot]
-) -> Iterator[tuple[int, int, torch.dtype]]:
-    """Yield [first, last) of the window and its dtype, which for vectors is the file's."""
-    whole = sorted((v.offset - window.start, v.nbytes, TORCH_DTYPES[v.dtype]) for v in vectors)
-    for move in window.converts:
-        yield move.target, move.target + move.rows * move.row_pitch * kind.itemsize, kind
-    for part in window.reads:
-        first, last = part.target, part.target + part.nbytes
-        for start, nbytes, own in whole:
-            if start < last and first < start + nbytes:
-                if first < start:
-                    yield first, start, kind
-                yield max(first, start), min(last, start + nbytes), own
-                first = start + nbytes
+    part: GroupPlan | StagingWindow, kind: torch.dtype, vectors: Sequence[VectorSlot], start: int
+) -> list[tuple[int, int, torch.dtype]]:
+    """Return [first, last) of what is written, and its dtype, which for vectors is the file's.
+
+    `part` begins at `start` of the extent.
+    """
+    if not (vectors or part.converts):
+        return [(move.target, move.target + move.nbytes, kind) for move in part.reads]
+    written = [
+        (move.target, move.target + move.rows * move.row_pitch * kind.itemsize, kind)
+        for move in part.converts
+    ]
+    own = sorted((v.offset - start, v.nbytes, TORCH_DTYPES[v.dtype]) for v in vectors)
+    for copied in part.reads:
+        first, last = copied.target, copied.target + copied.nbytes
+        for begin, nbytes, dtype in own:
+            if begin < last and first < begin + nbytes:
+                if first < begin:
+                    written.append((first, begin, kind))
+                written.append((max(first, begin), min(last, begin + nbytes), dtype))
+                first = begin + nbytes
         if first < last:
-            yield first, last, kind
+            written.append((first, last, kind))
+    return written
 
 
 def _module_at(offset: int, group: GroupPlan) -> int:
@@ -212,7 +220,7 @@ class GroupTransfer:
             self._convert(copy, group, self.device.host_view(copy.extent), scratch, pending)
         if self.check_finite and not copy.known_finite:
             content = self.device.host_view(copy.extent)
-            self._require_finite(content, StagingWindow.whole(group), copy)
+            self._require_finite(content, group, 0, copy)
         ticket = self.device.copy(None, group.rows, copy.extent, copy.slot)
         pending.parts.append(ticket)
         pending.tickets.append(ticket)
@@ -272,7 +280,7 @@ class GroupTransfer:
             self._convert(copy, window, buffer.tensor, scratch, pending)
             read(copy.reader, window.reads, buffer.memory)
         if self.check_finite and not copy.known_finite:
-            self._require_finite(buffer.tensor, window, copy)
+            self._require_finite(buffer.tensor, window, window.start, copy)
 
     def _convert(
         self,
@@ -295,18 +303,19 @@ class GroupTransfer:
         pending.staging_seconds += perf_counter() - started
 
     def _require_finite(
-        self, content: torch.Tensor, window: StagingWindow, copy: GroupCopy
+        self, content: torch.Tensor, part: GroupPlan | StagingWindow, start: int, copy: GroupCopy
     ) -> None:
-        """Raise `AdapterFormatError` if a window has NaN or infinite values.
+        """Raise `AdapterFormatError` if a part of the group has NaN or infinite values.
 
-        `content`, uint8, begins with the window's bytes. Gaps that no move writes are not checked.
+        `content`, uint8, begins with the bytes from `start` of the extent on. Gaps that no move
+        writes are not checked.
         """
-        group = copy.group
-        for first, last, kind in _written_ranges(window, TORCH_DTYPES[copy.dtype], group.vectors):
+        group, dtype = copy.group, TORCH_DTYPES[copy.dtype]
+        for first, last, kind in _written_ranges(part, dtype, group.vectors, start):
             values = content[first:last].view(kind)
             if not is_finite(values):
                 bad = first + int(values.isfinite().logical_not().nonzero()[0]) * kind.itemsize
-                module = self.module_names[_module_at(window.start + bad, group)]
+                module = self.module_names[_module_at(start + bad, group)]
                 raise AdapterFormatError(
                     f"module {module!r} has NaN or infinite"
                     " weights; load it with check_finite=False if that is intended"

@@ -195,7 +195,7 @@ class Connection:
         if any(isinstance(defect, _DEFECTS) for defect in message.defects):
             raise self._malformed("a field of it is malformed")
         fields: dict[str, str] = {}
-        for name, text in message.items():
+        for name, text in message.raw_items():
             name, value = name.lower(), text.strip(" \t")  # noqa: PLW2901 - normalized
             if not _VALUE.fullmatch(value):
                 raise self._malformed("a field of it has control characters")

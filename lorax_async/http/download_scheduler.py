@@ -255,7 +255,9 @@ class Job(ABC, Generic[T]):
         return None
 
     def take(self, now: float) -> DownloadPiece | None:
-        """Take the first piece that may start."""
+        """Take the first piece that may start, if it can use another connection now."""
+        if now < self.not_before or len(self.running) >= int(self.limit):
+            return None
         for n, piece in enumerate(self.pending):
             if piece.not_before <= now:
                 return self.pending.pop(n)
@@ -471,7 +473,7 @@ class DownloadScheduler:
         jobs = [job for job in self.jobs if not job.over]
         if len(jobs) == 1:  # nothing to share
             job = jobs[0]
-            free = len(job.running) < min(self.connections, job.wanted(now))
+            free = len(job.running) < self.connections
             piece = (job.take(now) if free else None) or job.split(now)
             return None if piece is None else self._begin(job, piece)
         parts, running = self._shares(now), _running(jobs)
@@ -738,8 +740,8 @@ class WorkerPool:
             failure.__cause__ = error
         with self._scheduler.lock:
             job.leave(attempt, failure)
-            # For another thread, too: this one looks itself.
-            if job.wanted(self._scheduler.clock()) > len(job.running):
+            # This thread looks itself; another one, too, where not all went well.
+            if failure is not None or attempt.ended:
                 self._scheduler.changed.notify()
         self._scheduler.finish(job)
 

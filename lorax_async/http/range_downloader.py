@@ -251,11 +251,12 @@ class Download(_FileJob[None]):
 
     def take(self, now: float) -> DownloadPiece | None:
         if self._whole is not None:
-            return self._whole
+            is_free = not self.running and now >= max(self.not_before, self._whole.not_before)
+            return self._whole if is_free else None
         piece = super().take(now)
         if piece is not None or now < self.not_before:
             return piece
-        flight = sum(piece.stop - piece.at for piece in self.running.values())
+        flight = sum([each.stop - each.at for each in self.running.values()])
         span = self._plan.take(self._link(), self._most, len(self.running), flight)
         return None if span is None else self._piece(span)
 

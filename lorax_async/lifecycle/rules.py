@@ -437,8 +437,8 @@ All together may have as many. A prefetch waits while they have `IN_FLIGHT_BYTES
 then may have to wait for them.
 """
 
-RUN_BYTES = 8 << 20
-"""Bytes of a run of groups, which one thread copies: a millisecond or two from memory."""
+RUN_BYTES = 16 << 20
+"""Bytes of a run of groups, which one thread copies: two to four milliseconds from memory."""
 
 
 class SlotQueue:
@@ -695,7 +695,9 @@ class CopyQueue:
         if state.image is not None or not state.is_fast or state.streams:
             return state.next_copies(1, 0)
         left = (state.all_groups & ~state.submitted).bit_count()
-        room = min(self._rules.residency.run_bytes, _limit(state) - state.copying_bytes)
+        limit = _limit(state)
+        room = min(self._rules.residency.run_bytes, limit // self._threads)
+        room = min(room, limit - state.copying_bytes)
         return state.next_copies(max(1, left // self._threads), room)
 
     def copied(self, state: AdapterState, *copies: CopyGroups) -> None:

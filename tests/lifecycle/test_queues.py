@@ -166,12 +166,12 @@ def test_one_with_large_groups_leaves_room_for_who_comes_next() -> None:
         link.begin(str(number), [rules.RUN_BYTES // UNIT // 4] * 20)
     link.queue.submit()
     runs = cast(list[CopyGroups], link.rules.take_commands())
-    assert [run.key.location for run in runs] == [*"01234567", *"01234567"], "16 at a time"
+    assert [run.key.location for run in runs] == [*"01234567"], "8 at a time"
     assert sum(run.nbytes for run in runs) == rules.FAST_IN_FLIGHT_BYTES, "of all eight together"
     link.begin("late", [1])
     link.queue.copied(link.states["0"], runs[0])
     link.queue.submit()
-    (late,) = cast(list[CopyGroups], link.rules.take_commands())
+    late, *_ = cast(list[CopyGroups], link.rules.take_commands())
     assert late.key.location == "late"
     assert sum(run.tag <= late.tag for run in runs) <= 8, "it waits for its share"
 

@@ -14,7 +14,7 @@ COPY = f"{DEVICE}::TestACopy"
 CPU = "devices/test_devices.py"
 
 _ticket, _put = CudaDevice._ticket, CudaDevice._put
-_write, _write_rows = TableColumns.write, CpuDevice._write_rows
+_write, _copy = TableColumns.write, CpuDevice.copy
 
 
 def done(*_: object, **__: object) -> Future[None]:
@@ -58,10 +58,10 @@ def _ranks_cleared_last(self: TableColumns, slot: int) -> None:
     self._ranks[slot].copy_(self._zeros.ranks, non_blocking=True)
 
 
-def _cpu_ranks_first(self: CpuDevice, rows: Any, extent: Any, slot: int) -> None:
+def _cpu_ranks_first(self: CpuDevice, piece: Any, rows: Any, extent: Any, slot: int) -> Any:
     for module, *_, rank, _ in rows:
         self._rank_words[module * self.rank.shape[1] + slot] = rank
-    _write_rows(self, rows, extent, slot)
+    return _copy(self, piece, rows, extent, slot)
 
 
 DEVICES: Mutants = {
@@ -103,5 +103,5 @@ DEVICES: Mutants = {
         f"{DEVICE}::TestClosing::test_waits_for_all_that_is_on_its_way",
         skipped(EventWatcher, "end")),
     "cpu: ranks are written last": mutant(
-        f"{CPU}::test_the_rank_is_written_last", (CpuDevice, "_write_rows", _cpu_ranks_first)),
+        f"{CPU}::test_the_rank_is_written_last", (CpuDevice, "copy", _cpu_ranks_first)),
 }  # fmt: skip
