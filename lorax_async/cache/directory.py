@@ -306,23 +306,29 @@ def _private_folder(name: str, within: Folder | None = None) -> Folder:
 
     Follow links in the root's path, which is the operator's; refuse a link inside.
     """
-    label = f"the disk cache's {'' if within is None else 'own '}folder {shorten(name, 500)!r}"
     try:
         folder = _open_or_make(name, within)
     except OSError as error:
         if error.errno not in _UNUSABLE:
             raise
-        raise ConfigError(f"{label} cannot be opened: {error.strerror}") from error
+        problem = f"{_label(name, within)} cannot be opened: {error.strerror}"
+        raise ConfigError(problem) from error
     try:
         status = os.fstat(folder.fd)
         if status.st_uid != os.geteuid():
-            raise ConfigError(f"{label} belongs to another user; give one of your own")
+            problem = f"{_label(name, within)} belongs to another user; give one of your own"
+            raise ConfigError(problem)
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise ConfigError(f"others may write to {label}; chmod 700 it, or give another")
+            problem = f"others may write to {_label(name, within)}; chmod 700 it, or give another"
+            raise ConfigError(problem)
     except BaseException:
         folder.close()
         raise
     return folder
+
+
+def _label(name: str, within: Folder | None) -> str:
+    return f"the disk cache's {'' if within is None else 'own '}folder {shorten(name, 500)!r}"
 
 
 def _open_or_make(name: str, within: Folder | None) -> Folder:

@@ -393,13 +393,16 @@ class DiskBudget:
 
         If all of it is not enough, drop nothing, unless `in_part`. Return whether any was dropped.
         """
+        over = self._used() + nbytes - self._nbytes
+        if over <= 0:
+            return False
         stored = self._whole | self._partial
         # Quick, unlike a look at each lock: callers that wait for room retry often.
         ours = set(self._directory.leased.values()) & stored.keys()
         if not in_part and sum(stored[name].nbytes for name in ours) + nbytes > self._nbytes:
             return False
         partials = sorted(self._partial, key=lambda name: stored[name].used_ns)
-        over, unused = self._used() + nbytes - self._nbytes, list[str]()
+        unused = list[str]()
         for name in (*partials, *(key.location for key in self._policy.ranked())):
             if over <= 0:
                 break

@@ -139,11 +139,8 @@ class ProbeRequest(_FileJob[ProbeResult]):
     def _read(self, response: Response, content: Content) -> tuple[memoryview, int]:
         """Read until the needed bytes are here; return room for all, and how many are."""
         (stop, validators), most = content, self._nbytes
-        too_large = FetchError(
-            f"{self._target.name} has more than the {most:,} bytes it may have", retryable=False
-        )
         if not self._ranged and (stop or 0) > most:
-            raise too_large
+            raise self._too_large()
         # One more than may come, where only the end tells.
         size = min(stop, most) if stop is not None else most + (not self._ranged)
         data, got = memoryview(bytearray(size)), 0
@@ -157,8 +154,12 @@ class ProbeRequest(_FileJob[ProbeResult]):
             if not count or (needed_bytes and got >= needed_bytes(data[:got], validators)):
                 break
         if got > most:
-            raise too_large
+            raise self._too_large()
         return data, got
+
+    def _too_large(self) -> FetchError:
+        problem = f"{self._target.name} has more than the {self._nbytes:,} bytes it may have"
+        return FetchError(problem, retryable=False)
 
     def _read_on(self, response: Response, data: memoryview) -> int:
         """Read while another connection would bring nothing yet; return how many bytes came."""

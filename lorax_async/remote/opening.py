@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -89,12 +89,12 @@ class VersionResolver:
     """Resolves refs by the backends of their locations, and remembers answers.
 
     With `offline`, send no request to any source. An answer counts for `fresh` seconds of `clock`,
-    and a recorded access lets a scope have an entry for as long. `backends` is quick.
+    and a recorded access lets a scope have an entry for as long.
     """
 
     def __init__(
         self,
-        backends: Callable[[Location], Backend[Any]],
+        find_backend: Callable[[Location], Awaitable[Backend[Any]]],
         cache: DiskCache,
         workers: WorkerThreads,
         *,
@@ -103,7 +103,7 @@ class VersionResolver:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.cache = cache
-        self._backends = backends
+        self._find_backend = find_backend
         self._workers = workers
         self._offline = offline
         self._fresh = fresh
@@ -119,7 +119,7 @@ class VersionResolver:
         if key is not None and self._clock() - (key.answered_at or 0.0) < self._fresh:
             self._set_requester(ref, key)
             return key
-        since, backend = self._clock(), self._backends(ref.location)
+        since, backend = self._clock(), await self._find_backend(ref.location)
         scope, revision = await backend.scope(ref.location, ref), ref.revision
         pinned = None
         if revision is not None and backend.is_version(revision):
@@ -215,7 +215,8 @@ class VersionResolver:
 
     async def _query(self, ref: ParsedRef) -> LocatedAdapter:
         if not self._offline:
-            return await self._backends(ref.location).locate(ref.location, ref)
+            backend = await self._find_backend(ref.location)
+            return await backend.locate(ref.location, ref)
         # The same text whether the adapter exists or not.
         for_whom = ""
         if isinstance(ref.location, HubRepository) and ref.token is None and not ref.use_token:

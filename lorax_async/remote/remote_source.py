@@ -45,7 +45,6 @@ from lorax_async.types import (
     RemoteKey,
     Verification,
 )
-from lorax_async.urls import Url
 
 
 class RemoteParts(NamedTuple):
@@ -226,53 +225,80 @@ STORE_THREADS = 32
 """For each kind of store. No bucket uses more than `BUCKET_CALLS` of them."""
 
 
-class BackendRegistry:
-    """The backends by scheme. `close` ends them and their threads."""
+class Backends:
+    """The backends by scheme, each made with the first id of its kind, with threads of its own.
 
-    def __init__(self, config: StoreConfig, endpoint: Url, downloader: RangeDownloader) -> None:
-        # A pool for each, so that a hub that does not answer delays no store.
-        counts = {"hub": QUERY_THREADS, **dict.fromkeys(STORES, STORE_THREADS)}
-        self._pools = {
-            name: ThreadPool(count, f"lorax-query-{name}") for name, count in counts.items()
-        }
-        self.hub = HubBackend(endpoint=endpoint, threads=self._pools["hub"], allow=config.allow)
-        self._stores = {name: StoreBackend(self._pools[name], config.allow) for name in STORES}
-        web = WebBackend(downloader, AllowRules(config.allow), config.limits)
-        self._backends: Mapping[str, Backend[Any]] = {
-            "hub": self.hub,
-            "https": web,
-            "http": web,
-            **self._stores,
-        }
+    So a hub that does not answer delays no store. `close` ends the threads.
+    """
 
-    def backend(self, location: Location) -> Backend[Any]:
+    def __init__(
+        self, config: StoreConfig, downloader: RangeDownloader, workers: WorkerThreads
+    ) -> None:
+        self._config = config
+        self._downloader = downloader
+        self._workers = workers
+        self._making = Lock()
+        self._made: dict[str, Backend[Any]] = {}
+        self._pools: list[ThreadPool] = []
+
+    async def find(self, location: Location) -> Backend[Any]:
+        """Return the backend of a location."""
         if isinstance(location, LocalFolder):
             raise InvalidAdapterIdError("a local folder has no remote source")
-        return self._backends[location.scheme]
+        scheme = location.scheme
+        if (made := self._made.get(scheme)) is not None:
+            return made
+        return await self._workers.run(partial(self.make, scheme))
+
+    def make(self, scheme: str) -> Backend[Any]:
+        """Return a scheme's backend. The first call blocks: huggingface_hub is slow to import."""
+        with self._making:
+            if scheme not in self._made:
+                self._made[scheme] = self._new(scheme)
+            return self._made[scheme]
+
+    def own_scope(self) -> str | None:
+        """See `HubBackend.own_scope`."""
+        hub = self.make("hub")
+        assert isinstance(hub, HubBackend)
+        return hub.own_scope()
 
     def close(self) -> None:
-        for pool in self._pools.values():
+        for pool in self._pools:
             pool.shutdown()
-        for store in self._stores.values():
-            store.close()
+        for backend in self._made.values():
+            if isinstance(backend, StoreBackend):
+                backend.close()
+
+    def _new(self, scheme: str) -> Backend[Any]:
+        config = self._config
+        if scheme == "hub":
+            endpoint = parse_endpoint(config.hub_endpoint)  # raises, so before there are threads
+            threads = self._threads(scheme, QUERY_THREADS)
+            return HubBackend(endpoint=endpoint, threads=threads, allow=config.allow)
+        if scheme in STORES:
+            return StoreBackend(self._threads(scheme, STORE_THREADS), config.allow)
+        return WebBackend(self._downloader, AllowRules(config.allow), config.limits)
+
+    def _threads(self, name: str, count: int) -> ThreadPool:
+        self._pools.append(ThreadPool(count, f"lorax-query-{name}"))
+        return self._pools[-1]
 
 
 def make_remote_source(config: StoreConfig, tracer: Tracer | None = None) -> RemoteSource:
     """Return a remote source that makes its cache, threads and connections at its first use."""
 
     def make() -> RemoteParts:
-        # Before any threads, because both raise for bad settings, such as a missing home folder.
-        endpoint = parse_endpoint(config.hub_endpoint)
+        folder = config.cache_folder  # raises without a home, so before there are threads
         downloader = RangeDownloader(HttpSettings(connections=config.connections), tracer=tracer)
         workers = WorkerThreads(CACHE_THREADS)
-        backends = BackendRegistry(config, endpoint, downloader)
+        backends = Backends(config, downloader, workers)
         hub_cache = None
         if config.hub_cache != "off":
-            hub_cache = StandardHubCache(config.hub_cache_dir, backends.hub.own_scope)
-        folder, order, fresh = config.cache_folder, policy(config.eviction), config.revalidate
-        cache = DiskCache(folder, config.cache_bytes, order, hub_cache)
+            hub_cache = StandardHubCache(config.hub_cache_dir, backends.own_scope)
+        cache = DiskCache(folder, config.cache_bytes, policy(config.eviction), hub_cache)
         resolver = VersionResolver(
-            backends.backend, cache, workers, offline=config.offline, fresh=fresh
+            *(backends.find, cache, workers), offline=config.offline, fresh=config.revalidate
         )
         limits, verify = config.limits, config.verify
         opener = AdapterOpener(resolver, downloader, workers, limits=limits, verify=verify)

@@ -27,7 +27,8 @@ from hub_stand_in import (
 from huggingface_hub import constants, utils
 from huggingface_hub.errors import OIDCError
 from tiny_loaders import fails
-from web_folder import INDEX, Locator
+from user_loads import at, contents, written
+from web_folder import INDEX, Folder, Locator
 
 from lorax_async import AdapterRef, AdapterStore, StoreConfig, errors
 from lorax_async.formats.digests import Digest
@@ -263,9 +264,16 @@ def test_what_is_no_endpoint(endpoint: str) -> None:
 async def test_an_endpoint_of_the_environment_that_is_none(
     tmp_path: Path, monkeypatch: Patch
 ) -> None:
+    """It is refused to ids of the hub; others do not need it."""
     monkeypatch.setattr(constants, "ENDPOINT", "hub")
-    async with AdapterStore(StoreConfig(cache_dir=tmp_path)) as store:
-        await fails(store.checkout(ID), errors.ConfigError, "endpoint is not a URL")
+    origin = Folder(contents(written(tmp_path / "one", layers=2)))
+    with FaultServer(b"", origin) as server:
+        url = server.url("/one/")
+        config = StoreConfig(cache_dir=tmp_path / "cache", allow=[at(url.split("/")[2])])
+        async with AdapterStore(config) as store:
+            await fails(store.checkout(ID), errors.ConfigError, "endpoint is not a URL")
+            async with store.checkout(url) as folder:
+                assert contents(Path(folder.path)).items() >= origin.files.items()
 
 
 GATED = "gated: accept its conditions there, and give a token"

@@ -196,8 +196,11 @@ async def setting(
     engine, workers, limits = RangeDownloader(http), WorkerThreads(4), Limits()
     cache = DiskCache(folder, cache_bytes, policy("lru"))
     backend = WebBackend(engine, rules, limits)
-    given: Any = (lambda _: backend, cache, workers)
-    resolving = VersionResolver(*given, offline=False, fresh=REVALIDATE)
+
+    async def find_backend(_: object) -> WebBackend:
+        return backend
+
+    resolving = VersionResolver(find_backend, cache, workers, offline=False, fresh=REVALIDATE)
     opening = AdapterOpener(resolving, engine, workers, limits=limits, verify="stream")
     parts = RemoteParts(resolving, opening, workers, engine.close)
     source = RemoteSource(lambda: parts, verify="stream")

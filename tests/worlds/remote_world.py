@@ -197,7 +197,7 @@ class RemoteWorld:
         """Seconds that its clock is ahead."""
         self.cache = DiskCache(self.folder, cache_bytes, policy("lru"))
         resolving = VersionResolver(
-            *(lambda _: self.locator, self.cache, self.workers),
+            *(self._find_backend, self.cache, self.workers),
             offline=False,
             fresh=revalidate,
             clock=lambda: time.monotonic() + self.later,
@@ -207,6 +207,9 @@ class RemoteWorld:
         opening = AdapterOpener(resolving, self.engine, self.workers, limits=limits, verify=verify)
         parts = RemoteParts(resolving, opening, self.workers, lambda: None)
         self.source: Source = kind(lambda: parts, verify=verify)
+
+    async def _find_backend(self, _: object) -> ToldLocator:
+        return self.locator
 
     def put(self, name: str, config: bytes, weights: bytes) -> AdapterRef:
         self.locator.there[name] = Stored(config, weights)
