@@ -79,18 +79,24 @@ class DiskCache:
         self.entries, self.partials = Entries(self.directory), Partials(self.directory)
         self.budget = DiskBudget(self.directory, nbytes, policy)
 
-    def open(self, key: CacheKey, *, check: bool = False) -> CacheEntry | None:
-        """Lease the entry and count a use; None if there is none.
+    def open(
+        self, key: CacheKey, *, check: bool = False, sha256: str | None = None
+    ) -> CacheEntry | None:
+        """Lease the entry and count a use; None if there is none, or `sha256` refutes it.
 
         Remove an entry whose files do not have the recorded sizes or digests. Hash them with
         `check`, or if a file was touched.
         """
+        stored: CacheEntry | None = None
         if self._read_only is not None:
             stored = self._read_only.open(key, check=check)
-            if stored is not None:
-                return stored
-        entry = self.entries.open(key.name, check=check)
-        return None if entry is None else self.use(entry)
+        if stored is None:
+            entry = self.entries.open(key.name, check=check)
+            stored = None if entry is None else self.use(entry)
+        if stored is not None and stored.record.is_refuted_by(sha256):
+            stored.close()
+            return None
+        return stored
 
     def use(self, entry: DiskEntry) -> DiskEntry:
         """Count a use of an entry and return the entry; close it on an error."""
@@ -104,17 +110,15 @@ class DiskCache:
     def try_begin(
         self, key: CacheKey, scope: str, *, alone: bool = False, sha256: str | None = None
     ) -> CacheEntry | DiskDownload | int:
-        """Return the entry, or begin to download it on the authority of `scope`.
+        """Return the entry, or begin to download it; record that `scope` may have it.
 
         Return the progress of another download if there is one; begin a second if `alone`. An entry
         that `sha256` refutes, and that is not in use, is downloaded again; it stays until the new
         bytes are here, and only other ones replace it.
         """
-        stored = self.open(key)
+        stored = self.open(key, sha256=sha256)
         if stored is not None:
-            if not stored.record.is_refuted_by(sha256):
-                return stored
-            stored.close()
+            return _accessed(stored, scope)
         with translate_errors("begin a download"), self.directory.locked():
             entry = self.entries.open(key.name, check=False)  # published meanwhile?
             refuted = entry is not None and entry.record.is_refuted_by(sha256)
@@ -127,7 +131,8 @@ class DiskCache:
                 if isinstance(claimed, int):
                     return claimed
                 return DiskDownload(self, key, scope, claimed, replaces=refuted)
-        return self.use(entry)  # takes the budget's lock, which others hold when they lock this
+        # Not with the directory locked: the budget's lock comes before it.
+        return _accessed(self.use(entry), scope)
 
     def note_version(self, question: str, source: str, version: str) -> None:
         """Record a source's latest answer, whether the cache has that version or not."""
@@ -161,6 +166,16 @@ class DiskCache:
         """
         with translate_errors("remove an entry"):
             self.directory.discard(key.name)
+
+
+def _accessed(entry: CacheEntry, scope: str) -> CacheEntry:
+    """Record that a scope may have the entry, and return it; close it on an error."""
+    try:
+        entry.record_access(scope)
+    except BaseException:
+        entry.close()
+        raise
+    return entry
 
 
 class DiskDownload:

@@ -1,14 +1,15 @@
-"""From an id to its open adapter, in the order of this file; each class calls only those above.
+"""From an id to its open adapter, in the order of this file.
 
-The version, config and header from the source, entries that were refused, and then the cache's
-entry or a new download, whose config and header are checked before any layer is fetched.
+The version that the id names, then the cache's entry or a new download, then that download's config
+and header, which are checked before any layer is fetched; at the end, what becomes of an entry that
+was refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -138,42 +139,37 @@ class VersionResolver:
         await self._record(ref, located)
         return key
 
-    async def locate(self, key: RemoteKey) -> LocatedAdapter:
+    async def locate(self, key: RemoteKey, control: FetchControl) -> LocatedAdapter:
         """Return where the key's files are. Ask the source if that is unknown."""
-        last = self.last(key)
+        if (known := self.located(key)) is not None:
+            return known
+        last = self._resolutions.get(key)
         if last is None:
             raise AdapterNotFoundError("the location of the key is not known any more; load its id")
-        if last.located is not None:
-            return last.located
         since = self._clock()
-        located = await self._query(last.ref)
+        async with bind_to(control):
+            located = await self._query(last.ref)
         self._remember(last.ref, _key_of(located), located, since)
         if _key_of(located) != key:
             raise IntegrityError("it is another version by now; load it again")
         return located
 
-    async def stored(self, key: RemoteKey, *, check: bool = False) -> CacheEntry | None:
-        """Return the cache's entry of a key, if there is one; hash it with `check`."""
-        look = partial(self.cache.open, cache_key(key), check=check)
-        return await self._workers.run(look, close_unused)
-
-    def last(self, key: RemoteKey) -> Resolution | None:
+    def located(self, key: RemoteKey) -> LocatedAdapter | None:
+        """Return the source's last answer, if it still counts."""
         last = self._resolutions.get(key)
         seconds = ANSWER_SECONDS if key in self._answered else LOCATED_SECONDS
-        if last is None or self._clock() - last.since < seconds:
-            return last
-        return replace(last, located=None)
+        return last.located if last and self._clock() - last.since < seconds else None
+
+    def digest(self, key: RemoteKey) -> str | None:
+        """Return the digest of the weights that the last request expects."""
+        last = self._resolutions.get(key)
+        return None if last is None else last.ref.digest
 
     def forget(self, key: RemoteKey) -> None:
         """Ask the source again what the refs are that were answered with `key`."""
         self.discard_probe(key)
         for ref in [ref for ref, answer in self._keys.items() if answer == key]:
             del self._keys[ref]
-
-    def digest(self, key: RemoteKey) -> str | None:
-        """Return the digest of the weights that the last request expects."""
-        last = self._resolutions.get(key)
-        return None if last is None else last.ref.digest
 
     def discard_probe(self, key: RemoteKey) -> None:
         """Drop the first bytes that came with `key`: locate it again."""
@@ -294,195 +290,15 @@ def _key_of(located: LocatedAdapter) -> RemoteKey:
     return RemoteKey(located.source, (), located.version)
 
 
-class MetadataFetcher:
-    """Fetches and checks configs and headers from their sources, without the cache."""
-
-    def __init__(
-        self, resolver: VersionResolver, downloader: RangeDownloader, limits: Limits
-    ) -> None:
-        self._resolver = resolver
-        self._downloader = downloader
-        self._limits = limits
-
-    async def fetch(self, key: RemoteKey, control: FetchControl) -> AdapterMetadata:
-        """Fetch config and headers of one version."""
-        located = await self.locate(key, control)
-        with closing(self.confirmation(key, located)) as confirmation:
-            metadata = await self.fetch_located(located, control)
-            await confirmation.wait()
-        return metadata
-
-    async def locate(self, key: RemoteKey, control: FetchControl) -> LocatedAdapter:
-        async with bind_to(control):
-            return await self._resolver.locate(key)
-
-    def confirmation(self, key: RemoteKey, located: LocatedAdapter) -> Confirmation:
-        return Confirmation(located.recheck, partial(self._resolver.forget, key))
-
-    async def fetch_located(
-        self, located: LocatedAdapter, control: FetchControl
-    ) -> AdapterMetadata:
-        """Return the adapter's metadata, within the limits. End early when `control` ends.
-
-        Files that were probed when they were located are not requested again.
-        """
-        for file in located.files:
-            self._require_size(file, file.nbytes)
-        config, weights = located.files
-        wanted = [(config, self._limits.max_config_bytes), (weights, FIRST_BYTES)]
-        whole, start = await self._probe(wanted, control)
-        return AdapterMetadata(_whole(config, whole), await self._part(weights, start, control))
-
-    async def _probe(
-        self, files: Sequence[tuple[RemoteFile, int]], control: FetchControl
-    ) -> list[ProbeResult]:
-        """Return the first bytes of weights, and all bytes of a config."""
-        jobs: list[Job[ProbeResult] | ProbeResult] = [
-            file.answer
-            or self._downloader.probe(
-                file.target,
-                nbytes,
-                ranged=file.name == WEIGHTS_FILE,
-                needed_bytes=_header if file.name == WEIGHTS_FILE else None,
-                urgency=FOREGROUND if control.urgent else PREFETCH,
-                timeout=LONGEST,
-            )
-            for file, nbytes in files
-        ]
-        async with track(control, *(job for job in jobs if isinstance(job, Job))):
-            answers = [
-                job if isinstance(job, ProbeResult) else await outcome(job.done) for job in jobs
-            ]
-        for (file, _), answer in zip(files, answers, strict=True):
-            file.require_match(answer)
-        return answers
-
-    async def _part(
-        self, file: RemoteFile, probe: ProbeResult, control: FetchControl
-    ) -> FetchedFile:
-        """Return the weights by their first bytes, and more of them if their header is long."""
-        size = file.nbytes if probe.validators.size is None else probe.validators.size
-        if size is None:
-            problem = f"the source does not say how large {file.target.name} is"
-            raise FetchError(problem, retryable=False)
-        self._require_size(file, size)
-        needed = header_size(probe.start[:8], size, self._limits)
-        if needed > len(probe.start):
-            (larger,) = await self._probe([(replace(file, answer=None), needed)], control)
-            if larger.validators != probe.validators:
-                raise changed_error(file.target.name)
-            probe = larger
-        return FetchedFile(file, probe, size, probe.start[:needed])
-
-    def _require_size(self, file: RemoteFile, nbytes: int | None) -> None:
-        """Raise `AdapterFormatError` for a size over the limit: such a file is not requested."""
-        limit = "max_adapter_bytes" if file.name == WEIGHTS_FILE else "max_config_bytes"
-        max_bytes: int = getattr(self._limits, limit)
-        if nbytes is not None and nbytes > max_bytes:
-            raise AdapterFormatError(
-                f"{file.target.name} has {nbytes:,} bytes, over the limit of {max_bytes:,};"
-                f" raise Limits.{limit} to accept it"
-            )
-
-
-def _header(start: memoryview, _: Validators) -> int:
-    return header_end(start)
-
-
-def _whole(file: RemoteFile, answer: ProbeResult) -> FetchedFile:
-    """Check the size of a file that was fetched whole."""
-    if file.nbytes not in {None, len(answer.start)}:
-        raise IntegrityError(
-            f"{file.target.name} has {len(answer.start):,} bytes, and {file.nbytes:,} were"
-            " promised; load it again"
-        )
-    return FetchedFile(file, answer, len(answer.start), answer.start)
-
-
-_MAX_HASHED = 16_384
-
-
-class RefusedEntries:
-    """Removes entries that were refused, if they are not what their sources have."""
-
-    def __init__(
-        self, resolver: VersionResolver, workers: WorkerThreads, metadata: MetadataFetcher
-    ) -> None:
-        self._resolver = resolver
-        self._workers = workers
-        self._metadata = metadata
-        self._hashed: OrderedDict[RemoteKey, None] = OrderedDict()
-
-    async def remove_unvouched(self, key: RemoteKey) -> bool:
-        """Remove an unvouched entry whose weights were refused; return whether it is gone."""
-        entry = await self._resolver.stored(key)
-        if entry is not None:
-            entry.close()
-            if entry.record.vouched:
-                return False
-            await self._invalidate(key)
-        return True
-
-    async def remove_outdated(self, key: RemoteKey, control: FetchControl) -> bool:
-        """Remove a refused entry that is not what its source has now; return whether it is gone.
-
-        Hash a vouched entry, once; compare another with the source's first bytes. If the source
-        cannot be reached, the refusal stands.
-        """
-        entry = await self._resolver.stored(key)
-        if entry is None:
-            return True
-        with closing(entry):
-            vouched = entry.record.vouched
-            outdated = not vouched and await self._differs(key, entry, control)
-        if outdated:
-            await self._invalidate(key)
-        if not vouched or key in self._hashed:
-            return outdated
-        remember(self._hashed, key, None, _MAX_HASHED)
-        entry = await self._resolver.stored(key, check=True)  # the cache removes a damaged one
-        if entry is not None:
-            entry.close()
-        return entry is None
-
-    async def _invalidate(self, key: RemoteKey) -> None:
-        await self._workers.run(partial(self._resolver.cache.invalidate, cache_key(key)))
-
-    async def _differs(self, key: RemoteKey, entry: CacheEntry, control: FetchControl) -> bool:
-        """Compare an entry with its source; False if that cannot be reached.
-
-        Raise `IntegrityError` if the source has another version now.
-        """
-        try:
-            metadata = await self._metadata.fetch(key, control)
-        except IntegrityError:
-            raise
-        except LoraxError:
-            return False
-        finally:
-            self._resolver.discard_probe(key)
-        sizes = {file.name: file.nbytes for file in entry.record.files}
-        fetched = {file.file.name: file for file in (metadata.config, metadata.weights)}
-
-        def differs() -> bool:
-            return sizes != {name: file.nbytes for name, file in fetched.items()} or any(
-                read_first(entry, name, len(file.prefix)) != file.prefix
-                for name, file in fetched.items()
-            )
-
-        return await self._workers.run(differs)
-
-
 PATIENCE_SECONDS = 10.0
-"""Start a second download if another process's has received nothing for this long."""
+"""Start a second download if that of another process has received nothing for this long."""
 
-_IDLE_SECONDS = 0.5
 _POLL_SECONDS = 0.02
 """Other processes hold entries and downloads by flock, and the kernel reports no release of it."""
 
 
 class AdapterOpener:
-    """Opens cached adapters, and begins the downloads of others."""
+    """Opens adapters: from their key to the cache's entry, or to a download that has begun."""
 
     def __init__(
         self,
@@ -494,13 +310,11 @@ class AdapterOpener:
         verify: Checking,
     ) -> None:
         self._resolver = resolver
+        self._cache = resolver.cache
         self._downloader = downloader
         self._workers = workers
         self._limits = limits
         self._verify: Checking = verify
-        self._idle: Counter[RemoteKey] = Counter()
-        self.metadata = MetadataFetcher(resolver, downloader, limits)
-        self._refused = RefusedEntries(resolver, workers, self.metadata)
 
     async def open(self, key: RemoteKey, control: FetchControl) -> AdapterFile:
         """Return the adapter's file with an `EntryReader` or a `FetchReader`.
@@ -514,53 +328,45 @@ class AdapterOpener:
             pass  # it was discarded
         except AdapterFormatError:
             is_entry = isinstance(stored, CacheEntry)
-            if not (is_entry and await self._refused.remove_outdated(key, control)):
+            if not (is_entry and await self._remove_outdated(key, control)):
                 raise
         return await self._open(key, await self._find(key, control), control)
 
+    # -- an entry, or a download ------------------------------------------------------------------
+
     async def _find(self, key: RemoteKey, control: FetchControl) -> CacheEntry | DiskDownload:
         """Return the entry, or a new download. Wait while another process downloads it."""
-        last = self._resolver.last(key)
-        if last is None or last.located is None:  # the source was not asked this time
-            entry = await self._resolver.stored(key)
-            if entry is not None and not entry.record.is_refuted_by(self._resolver.digest(key)):
-                return entry
+        if self._resolver.located(key) is None:  # the source was not asked this time
+            entry = await self._stored(key, sha256=self._resolver.digest(key))
             if entry is not None:
-                entry.close()
+                return entry
         try:
-            scope = (await self.metadata.locate(key, control)).scope
+            scope = (await self._resolver.locate(key, control)).scope
         except AdapterError:
             # Only the caller whose digest refutes an entry may fail with its source.
-            entry = await self._resolver.stored(key)
+            entry = await self._stored(key)
             if entry is None:
                 raise
             return entry
         progress, since, alone = -1, time.monotonic(), False
         while not control.cancelled:
-            attempt = partial(self._attempt, key, scope, alone=alone)
-            result = await self._workers.run(attempt, close_unused)
+            begin = partial(self._cache.try_begin, cache_key(key), scope, alone=alone)
+            expecting = partial(begin, sha256=self._resolver.digest(key))
+            result = await self._workers.run(expecting, close_unused)
             if not isinstance(result, int):
                 return result
             if result != progress:
                 progress, since = result, time.monotonic()
-            idle = key in self._idle  # this process opened it, and may never fetch its layers
-            alone = time.monotonic() - since > (_IDLE_SECONDS if idle else PATIENCE_SECONDS)
+            alone = time.monotonic() - since > PATIENCE_SECONDS
             await asyncio.sleep(_POLL_SECONDS)
         raise unwanted_error()
 
-    def _attempt(
-        self, key: RemoteKey, scope: str, *, alone: bool
-    ) -> CacheEntry | DiskDownload | int:
-        """Call `DiskCache.try_begin`, and record that `scope` may have an entry. Blocks."""
-        cache, digest = self._resolver.cache, self._resolver.digest(key)
-        result = cache.try_begin(cache_key(key), scope, alone=alone, sha256=digest)
-        if isinstance(result, CacheEntry):
-            try:
-                result.record_access(scope)
-            except BaseException:
-                result.close()
-                raise
-        return result
+    async def _stored(
+        self, key: RemoteKey, *, check: bool = False, sha256: str | None = None
+    ) -> CacheEntry | None:
+        """Call `DiskCache.open`."""
+        look = partial(self._cache.open, cache_key(key), check=check, sha256=sha256)
+        return await self._workers.run(look, close_unused)
 
     async def _open(
         self, key: RemoteKey, stored: CacheEntry | DiskDownload, control: FetchControl
@@ -590,40 +396,36 @@ class AdapterOpener:
 
         async def refuse(error: LoraxError, *, weights: bool) -> bool:  # noqa: ARG001
             if weights:
-                return await self._refused.remove_unvouched(key)
+                return await self._remove_unvouched(key)
             file.reader.close()
-            return await self._refused.remove_outdated(key, control)
+            return await self._remove_outdated(key, control)
 
         return replace(file, refuse=refuse)
+
+    # -- a download that begins -------------------------------------------------------------------
 
     async def _begin_fetch(
         self, key: RemoteKey, download: DiskDownload, control: FetchControl
     ) -> AdapterFile:
-        located = await self.metadata.locate(key, control)
-        confirmation = self.metadata.confirmation(key, located)
+        located = await self._resolver.locate(key, control)
+        confirmation = self._confirmation(key, located)
         try:
             with confirmation.translate_changes():
-                metadata = await self.metadata.fetch_located(located, control)
+                metadata = await self._fetch_located(located, control)
                 weights = await self._add_files(download, metadata, control)
         except BaseException:
             confirmation.close()
             raise
-
-        def no_longer_idle() -> None:
-            self._idle -= Counter([key])
-
-        self._idle[key] += 1
         reader = FetchReader(
             *(key, self._downloader, self._workers, download, weights, metadata.weights),
             layers_first=self._verify in {"none", "stream"},
             resumable=not located.version.startswith(WEAK),
-            on_take=no_longer_idle,
             confirmation=confirmation,
         )
 
         async def refuse(error: LoraxError, *, weights: bool) -> bool:
             if weights:
-                return await self._refused.remove_unvouched(key)
+                return await self._remove_unvouched(key)
             await reader.refuse(error)
             async with bind_to(control):
                 await confirmation.wait()  # else config and weights need not fit each other
@@ -631,6 +433,90 @@ class AdapterOpener:
 
         config, header = metadata.config.prefix, metadata.weights.prefix
         return AdapterFile(config, header, reader, download.mappable, refuse)
+
+    async def fetch_metadata(self, key: RemoteKey, control: FetchControl) -> AdapterMetadata:
+        """Fetch config and header of one version from its source, without the cache."""
+        located = await self._resolver.locate(key, control)
+        with closing(self._confirmation(key, located)) as confirmation:
+            metadata = await self._fetch_located(located, control)
+            await confirmation.wait()
+        return metadata
+
+    def _confirmation(self, key: RemoteKey, located: LocatedAdapter) -> Confirmation:
+        return Confirmation(located.recheck, partial(self._resolver.forget, key))
+
+    async def _fetch_located(
+        self, located: LocatedAdapter, control: FetchControl
+    ) -> AdapterMetadata:
+        """Return the adapter's metadata, within the limits. End early when `control` ends.
+
+        Files that were probed when they were located are not requested again.
+        """
+        for file in located.files:
+            self._require_size(file, file.nbytes)
+        config, weights = located.files
+        wanted = [(config, self._limits.max_config_bytes), (weights, FIRST_BYTES)]
+        whole, start = await self._probe(wanted, control)
+        if config.nbytes not in {None, len(whole.start)}:
+            raise IntegrityError(
+                f"{config.target.name} has {len(whole.start):,} bytes, and {config.nbytes:,} were"
+                " promised; load it again"
+            )
+        return AdapterMetadata(
+            FetchedFile(config, whole, len(whole.start), whole.start),
+            await self._to_header(weights, start, control),
+        )
+
+    async def _probe(
+        self, files: Sequence[tuple[RemoteFile, int]], control: FetchControl
+    ) -> list[ProbeResult]:
+        """Return the first bytes of weights, and all bytes of a config."""
+        jobs: list[Job[ProbeResult] | ProbeResult] = [
+            file.answer
+            or self._downloader.probe(
+                file.target,
+                nbytes,
+                ranged=file.name == WEIGHTS_FILE,
+                needed_bytes=_header if file.name == WEIGHTS_FILE else None,
+                urgency=FOREGROUND if control.urgent else PREFETCH,
+                timeout=LONGEST,
+            )
+            for file, nbytes in files
+        ]
+        async with track(control, *(job for job in jobs if isinstance(job, Job))):
+            answers = [
+                job if isinstance(job, ProbeResult) else await outcome(job.done) for job in jobs
+            ]
+        for (file, _), answer in zip(files, answers, strict=True):
+            file.require_match(answer)
+        return answers
+
+    async def _to_header(
+        self, file: RemoteFile, probe: ProbeResult, control: FetchControl
+    ) -> FetchedFile:
+        """Return the weights by their first bytes, and more of them if their header is long."""
+        size = file.nbytes if probe.validators.size is None else probe.validators.size
+        if size is None:
+            problem = f"the source does not say how large {file.target.name} is"
+            raise FetchError(problem, retryable=False)
+        self._require_size(file, size)
+        needed = header_size(probe.start[:8], size, self._limits)
+        if needed > len(probe.start):
+            (larger,) = await self._probe([(replace(file, answer=None), needed)], control)
+            if larger.validators != probe.validators:
+                raise changed_error(file.target.name)
+            probe = larger
+        return FetchedFile(file, probe, size, probe.start[:needed])
+
+    def _require_size(self, file: RemoteFile, nbytes: int | None) -> None:
+        """Raise `AdapterFormatError` for a size over the limit: such a file is not requested."""
+        limit = "max_adapter_bytes" if file.name == WEIGHTS_FILE else "max_config_bytes"
+        max_bytes: int = getattr(self._limits, limit)
+        if nbytes is not None and nbytes > max_bytes:
+            raise AdapterFormatError(
+                f"{file.target.name} has {nbytes:,} bytes, over the limit of {max_bytes:,};"
+                f" raise Limits.{limit} to accept it"
+            )
 
     async def _add_files(
         self, download: DiskDownload, metadata: AdapterMetadata, control: FetchControl
@@ -663,6 +549,70 @@ class AdapterOpener:
             except CrowdedError:
                 await asyncio.sleep(_POLL_SECONDS)
         raise unwanted_error()
+
+    # -- what was refused -------------------------------------------------------------------------
+
+    async def _remove_unvouched(self, key: RemoteKey) -> bool:
+        """Remove an unvouched entry whose weights were refused; return whether it is gone."""
+        entry = await self._stored(key)
+        if entry is not None:
+            entry.close()
+            if entry.record.vouched:
+                return False
+            await self._invalidate(key)
+        return True
+
+    async def _remove_outdated(self, key: RemoteKey, control: FetchControl) -> bool:
+        """Remove a refused entry that is not what its source has now; return whether it is gone.
+
+        Hash a vouched entry that was not hashed before; compare another with the source's first
+        bytes. If the source cannot be reached, the refusal stands.
+        """
+        entry = await self._stored(key)
+        if entry is None:
+            return True
+        with closing(entry):
+            vouched = entry.record.vouched
+            outdated = not vouched and await self._differs(key, entry, control)
+        if outdated:
+            await self._invalidate(key)
+        if not vouched or entry.is_verified:
+            return outdated
+        entry = await self._stored(key, check=True)  # the cache removes a damaged one
+        if entry is not None:
+            entry.close()
+        return entry is None
+
+    async def _invalidate(self, key: RemoteKey) -> None:
+        await self._workers.run(partial(self._cache.invalidate, cache_key(key)))
+
+    async def _differs(self, key: RemoteKey, entry: CacheEntry, control: FetchControl) -> bool:
+        """Compare an entry with its source; False if that cannot be reached.
+
+        Raise `IntegrityError` if the source has another version now.
+        """
+        try:
+            metadata = await self.fetch_metadata(key, control)
+        except IntegrityError:
+            raise
+        except LoraxError:
+            return False
+        finally:
+            self._resolver.discard_probe(key)
+        sizes = {file.name: file.nbytes for file in entry.record.files}
+        fetched = {file.file.name: file for file in (metadata.config, metadata.weights)}
+
+        def differs() -> bool:
+            return sizes != {name: file.nbytes for name, file in fetched.items()} or any(
+                read_first(entry, name, len(file.prefix)) != file.prefix
+                for name, file in fetched.items()
+            )
+
+        return await self._workers.run(differs)
+
+
+def _header(start: memoryview, _: Validators) -> int:
+    return header_end(start)
 
 
 def _add_file(download: DiskDownload, fetched: FetchedFile, expected: Digest | None) -> PartialFile:

@@ -102,8 +102,8 @@ class _Gate:
 class FetchReader(CountedReader):
     """The `Reader` of a download whose config and headers are here; publication gives it an entry.
 
-    Its owner calls `fetch_groups` or `refuse` once, or only `close`, which ends the download too;
-    the first of them calls `on_take`. `file` is that of the weights, which began as `fetched`. A
+    Its owner calls `fetch_groups` or `refuse` once, or only `close`, which ends the download too.
+    `file` is that of the weights, which began as `fetched`. A
     `resumable` download may be resumed after it failed: the version names the bytes. With
     `layers_first` hashing takes no core from receiving and copying them. It closes `confirmation`.
     """
@@ -119,7 +119,6 @@ class FetchReader(CountedReader):
         *,
         resumable: bool,
         layers_first: bool,
-        on_take: Callable[[], object],
         confirmation: Confirmation,
     ) -> None:
         self.key = key
@@ -131,7 +130,6 @@ class FetchReader(CountedReader):
         self._fetched = fetched
         self._resumable = resumable
         self._layers_first = layers_first
-        self._on_take = on_take
         self._confirmation = confirmation
         self._lock = Lock()
         self._job: Job[None] | None = None
@@ -154,7 +152,7 @@ class FetchReader(CountedReader):
         Call `arrived` on the loop, once all files are known to be of one version. The download
         has ended when this returns or raises.
         """
-        self._take()
+        self._taken = True
         try:
             if control.cancelled:
                 raise unwanted_error()
@@ -190,7 +188,7 @@ class FetchReader(CountedReader):
 
     async def refuse(self, error: LoraxError) -> None:
         """End it and close it, after a check of its content failed with `error`."""
-        self._take()
+        self._taken = True
         self.close()
         await self._workers.finish(partial(self._leave, error))
 
@@ -202,14 +200,10 @@ class FetchReader(CountedReader):
         self._reader.close()
         self._confirmation.close()
         if not self._taken:
-            self._take()
+            self._taken = True
             self._workers.submit(partial(self._leave, None))
         if self.entry is not None:
             self.entry.close()
-
-    def _take(self) -> None:
-        self._taken = True
-        self._on_take()
 
     def _adopt(self, entry: CacheEntry) -> None:
         """Own the published entry; close it if the reader is closed."""

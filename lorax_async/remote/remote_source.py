@@ -93,7 +93,7 @@ class RemoteSource:
     async def metadata(self, key: AdapterKey) -> AdapterMetadata:
         """Fetch config and headers of a resolved adapter, and nothing else."""
         opener = (await self._connect()).opener
-        return await opener.metadata.fetch(_remote(key), FetchControl())
+        return await opener.fetch_metadata(_remote(key), FetchControl())
 
     def reopen(self, key: AdapterKey) -> Reader:
         parts, remote = self._connect_blocking(), _remote(key)

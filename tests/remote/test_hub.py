@@ -269,7 +269,7 @@ async def test_an_endpoint_of_the_environment_that_is_none(
     origin = Folder(contents(written(tmp_path / "one", layers=2)))
     with FaultServer(b"", origin) as server:
         url = server.url("/one/")
-        config = StoreConfig(cache_dir=tmp_path / "cache", allow=[at(url.split("/")[2])])
+        config = StoreConfig(cache_dir=tmp_path / "cache", allow=(at(url.split("/")[2]),))
         async with AdapterStore(config) as store:
             await fails(store.checkout(ID), errors.ConfigError, "endpoint is not a URL")
             async with store.checkout(url) as folder:

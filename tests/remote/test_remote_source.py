@@ -250,7 +250,7 @@ async def bringing_begun(
         *(RemoteKey("one", ()), SimpleNamespace(download=download), workers),
         *(SimpleNamespace(publish=lambda: "entry", close=close), file, fetched),
     )
-    how: Any = {"resumable": True, "layers_first": False, "on_take": lambda: None}
+    how: Any = {"resumable": True, "layers_first": False}
     fetch = FetchReader(*given, **how, confirmation=Confirmation(None, list))
     groups = [[ByteSpan(8, 28)]]
     bringing = asyncio.create_task(fetch.fetch_groups(groups, lambda _: None, FetchControl()))

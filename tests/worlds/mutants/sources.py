@@ -4,9 +4,10 @@ from typing import Any
 
 from lorax_async import concurrency
 from lorax_async.adapters import merging
+from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.concurrency import SharedResource, WorkerThreads
 from lorax_async.remote import base, opening, readers
-from lorax_async.remote.opening import AdapterOpener, VersionResolver
+from lorax_async.remote.opening import VersionResolver
 from lorax_async.remote.readers import FetchReader
 from lorax_async.remote.remote_source import RemoteSource
 from lorax_async.runtime import host_tier
@@ -19,7 +20,7 @@ MEMORY = "sources/test_memory_source.py"
 REMOTE = "remote/test_remote_source.py"
 LOADS = "remote/test_remote_loads.py"
 
-_attempt = AdapterOpener._attempt
+_try_begin = DiskCache.try_begin
 
 
 def _closed_under_readers(self: SharedResource[Any]) -> None:
@@ -97,7 +98,7 @@ SOURCES: Mutants = {
         (FetchReader, "_adopt", lambda _, entry: entry.close())),
     "fetch: two processes download once": mutant(
         f"{LOADS}::test_two_processes_download_once",
-        (AdapterOpener, "_attempt", lambda *given, **_: _attempt(*given, alone=True))),
+        (DiskCache, "try_begin", lambda *given, **_: _try_begin(*given, alone=True))),
     "fetch: small files are checked before they are used": mutant(
         "remote/test_faults.py::test_a_lasting_fault_is_one_typed_error[asyncio-config wrong]",
         (opening, "_check", nothing)),
