@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from lorax_async.cache.base import LeftoverError
-from lorax_async.concurrency import FetchControl, wait_for_end
+from lorax_async.concurrency import FetchControl, outcome, wait_for_end
 from lorax_async.errors import AdapterNotFoundError, FetchError, IntegrityError, UsageError
 from lorax_async.formats.digests import Digest
 from lorax_async.http.download_scheduler import Job
@@ -86,32 +86,41 @@ class ReplacedError(LeftoverError):
     """The files are not all of one version, or are of another one by now: resolve again."""
 
 
-class Recheck(Protocol):
-    """Whether files that were requested one by one were all there at one time."""
+class Recheck(NamedTuple):
+    """How to request the files of an adapter again, and whether the answers are of the same files.
 
-    async def __call__(self) -> bool:
-        """Return whether every file is still what its first answer said; at each call anew.
+    All requests follow all first answers. So the files were there together when the last first
+    answer was made, unless one was replaced and put back since.
+    """
 
-        All requests follow all first answers. So the files were there together when the last first
-        answer was made, unless one was replaced and put back since.
-        """
-
-    def close(self) -> None:
-        """Cancel the requests that no caller waits for."""
+    request: Callable[[], list[Job[ProbeResult]]]
+    is_same: Callable[[Sequence[ProbeResult]], bool]
 
 
 class Confirmation:
-    """Requests an adapter's files again, if its source may replace them between two answers."""
+    """Requests an adapter's files again, if its source may replace them between two answers.
 
-    def __init__(
-        self, recheck: Callable[[], Recheck] | None, on_replaced: Callable[[], object]
-    ) -> None:
-        self._recheck = None if recheck is None else recheck()
+    The requests begin when it is made.
+    """
+
+    def __init__(self, recheck: Recheck | None, on_replaced: Callable[[], object]) -> None:
+        self._recheck = recheck
         self._on_replaced = on_replaced
+        self._requests = [] if recheck is None else recheck.request()
 
     async def wait(self) -> None:
-        """Raise `ReplacedError` if a file is another one now. May be called several times."""
-        if self._recheck is not None and not await self._recheck():
+        """Raise `ReplacedError` if a file is another one now. Each later call requests anew."""
+        if self._recheck is None:
+            return
+        requests, self._requests = self._requests or self._recheck.request(), []
+        try:
+            again = [await outcome(request.done) for request in requests]
+            same = self._recheck.is_same(again)
+        except (AdapterNotFoundError, IntegrityError):
+            same = False
+        finally:
+            cancel_unfinished(requests)
+        if not same:
             raise self._report_replaced()
 
     @contextmanager
@@ -133,8 +142,8 @@ class Confirmation:
 
     def close(self) -> None:
         """Cancel the requests that no caller waits for. Idempotent."""
-        if self._recheck is not None:
-            self._recheck.close()
+        requests, self._requests = self._requests, []
+        cancel_unfinished(requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,15 +162,14 @@ class LocatedAdapter:
     files
         The config, then the weights.
     recheck
-        Begins to request the files again, if the source may replace them between two answers; see
-        `Recheck`.
+        If the source may replace the files between two answers.
     """
 
     source: str
     version: str
     scope: str
     files: tuple[RemoteFile, RemoteFile]
-    recheck: Callable[[], Recheck] | None = field(default=None, repr=False, compare=False)
+    recheck: Recheck | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -273,6 +281,13 @@ def _admits(entry: Allow, address: Address) -> bool:
 
 def unwanted_error() -> FetchError:
     return FetchError("no caller waits for the adapter any more")
+
+
+def cancel_unfinished(jobs: Iterable[Job[Any]]) -> None:
+    """Cancel jobs that are not done. Do not wait: their threads leave their sockets themselves."""
+    for job in jobs:
+        if not job.done.done():
+            job.cancel(unwanted_error())
 
 
 @asynccontextmanager

@@ -5,19 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from lorax_async.concurrency import outcome
 from lorax_async.config import Limits
-from lorax_async.errors import (
-    AdapterError,
-    AdapterNotFoundError,
-    FetchError,
-    IntegrityError,
-    shorten,
-)
+from lorax_async.errors import AdapterError, AdapterNotFoundError, shorten
 from lorax_async.formats.digests import sent_sha256
 from lorax_async.formats.peft_names import (
     CONFIG_FILE,
@@ -26,7 +20,8 @@ from lorax_async.formats.peft_names import (
     split_weights_error,
 )
 from lorax_async.formats.safetensors import header_end
-from lorax_async.http.range_downloader import NeededBytes, ProbeRequest, RangeDownloader
+from lorax_async.http.download_scheduler import Job
+from lorax_async.http.range_downloader import RangeDownloader
 from lorax_async.http.settings import Rules
 from lorax_async.http.target import ProbeResult, Target, Validators
 from lorax_async.ids import WebFolder
@@ -35,7 +30,9 @@ from lorax_async.remote.base import (
     WEAK,
     AnotherVersionError,
     LocatedAdapter,
+    Recheck,
     RemoteFile,
+    cancel_unfinished,
     require_token,
 )
 from lorax_async.types import AdapterRef
@@ -76,16 +73,8 @@ class WebBackend:
         """
         token = require_token(ref.token)
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        with ExitStack() as sent:
-            folder = _Folder(
-                self._downloader, location.url, headers, self._rules, self._limits, sent
-            )
-            first, second = folder.probe_config(), folder.probe_weights()
-            config = await outcome(first.done)
-            try:
-                weights = await outcome(second.done)
-            except AdapterNotFoundError as error:
-                raise await folder.missing_weights() from error
+        folder = _Folder(self._downloader, location.url, headers, self._rules, self._limits)
+        config, weights = await folder.first_answers()
         version, etag = _version((config, weights)), _strong(weights.validators)
         names = {version, etag, etag and etag.strip('"')}
         if ref.revision is not None and ref.revision not in names:
@@ -94,18 +83,18 @@ class WebBackend:
                 f" which is {version}; a URL has no other"
             )
         files = _remote_file(CONFIG_FILE, config), _remote_file(WEIGHTS_FILE, weights)
-        # Its requests end by themselves, after this one's.
-        again = partial(_Recheck, replace(folder, sent=None), (config, weights))
-        scope = await self.scope(location, ref)
-        return LocatedAdapter(location.text, version, scope, files, again)
+        # Of weights with a strong ETag a byte is enough; others are compared by all that was seen.
+        again = partial(folder.request, 1 if etag else FIRST_BYTES)
+        named = [_name(config), _name(weights)]
+        recheck = Recheck(again, lambda answers: [*map(_name, answers)] == named)
+        return LocatedAdapter(
+            location.text, version, await self.scope(location, ref), files, recheck
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """Probes files of one folder. The end of `sent` cancels what is not done.
-
-    It does not wait: the downloader's threads leave their sockets by themselves.
-    """
+    """Probes files of one folder."""
 
     downloader: RangeDownloader
     url: Url
@@ -114,76 +103,43 @@ class _Folder:
 
     rules: Rules
     limits: Limits
-    sent: ExitStack | None
 
-    def probe_config(self) -> ProbeRequest:
-        return self._probe(CONFIG_FILE, self.limits.max_config_bytes, ranged=False)
+    async def first_answers(self) -> tuple[ProbeResult, ProbeResult]:
+        """Return those for the config and the weights."""
+        requests = self.request()
+        config, weights = requests
+        try:
+            first = await outcome(config.done)
+            try:
+                return first, await outcome(weights.done)
+            except AdapterNotFoundError as error:
+                requests.append(self._probe(INDEX_FILE, 1))
+                raise await self._missing_weights(requests[-1]) from error
+        finally:
+            cancel_unfinished(requests)
 
-    def probe_weights(self, nbytes: int = FIRST_BYTES) -> ProbeRequest:
+    def request(self, nbytes: int = FIRST_BYTES) -> list[Job[ProbeResult]]:
+        """Request the config, and the first bytes of the weights."""
         needed = _count_needed_bytes if nbytes == FIRST_BYTES else None
-        return self._probe(WEIGHTS_FILE, nbytes, needed_bytes=needed)
+        return [
+            self._probe(CONFIG_FILE, self.limits.max_config_bytes, ranged=False),
+            self._probe(WEIGHTS_FILE, nbytes, needed_bytes=needed),
+        ]
 
-    def _probe(
-        self,
-        name: str,
-        nbytes: int,
-        *,
-        ranged: bool = True,
-        needed_bytes: NeededBytes | None = None,
-    ) -> ProbeRequest:
+    def _probe(self, name: str, nbytes: int, **options: Any) -> Job[ProbeResult]:
         """Request a file as `RangeDownloader.probe` does."""
         url = Url(self.url.origin, f"{self.url.target}{name}")
         target = Target(url, name, self.headers, self.rules)
-        request = self.downloader.probe(target, nbytes, ranged=ranged, needed_bytes=needed_bytes)
-        if self.sent is not None:
-            self.sent.callback(_cancel, request)
-        return request
+        return self.downloader.probe(target, nbytes, **options)
 
-    async def missing_weights(self) -> AdapterError:
-        """Return the error for a folder without weights; ask whether it has an index."""
+    async def _missing_weights(self, index: Job[ProbeResult]) -> AdapterError:
+        """Return the error for a folder without weights, by whether it has an index."""
         where = f"the folder at {self.url}"
         try:
-            await outcome(self._probe(INDEX_FILE, 1).done)
+            await outcome(index.done)
         except AdapterNotFoundError:
             return AdapterNotFoundError(f"{where} has no {WEIGHTS_FILE}; nothing else is read")
         return split_weights_error(where)
-
-
-class _Recheck:
-    """Second answers for config and weights, requested when this is made. See `Recheck`.
-
-    Of weights with a strong ETag a byte is enough; others are compared by all that was seen.
-    """
-
-    def __init__(self, folder: _Folder, answers: tuple[ProbeResult, ProbeResult]) -> None:
-        self._folder = folder
-        self._answers = answers
-        self._requests = self._request()
-
-    def _request(self) -> list[ProbeRequest]:
-        nbytes = 1 if _strong(self._answers[1].validators) else FIRST_BYTES
-        return [self._folder.probe_config(), self._folder.probe_weights(nbytes)]
-
-    async def __call__(self) -> bool:
-        requests, self._requests = self._requests or self._request(), []
-        try:
-            again = [await outcome(request.done) for request in requests]
-        except (AdapterNotFoundError, IntegrityError):
-            return False
-        finally:
-            for request in requests:
-                _cancel(request)  # no caller waits for what is not done
-        return list(map(_name, again)) == list(map(_name, self._answers))
-
-    def close(self) -> None:
-        requests, self._requests = self._requests, []
-        for request in requests:
-            _cancel(request)
-
-
-def _cancel(request: ProbeRequest) -> None:
-    if not request.done.done():
-        request.cancel(FetchError("no caller waits for the answer any more"))
 
 
 def _remote_file(name: str, answer: ProbeResult) -> RemoteFile:
