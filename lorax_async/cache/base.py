@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from lorax_async.errors import AdapterFormatError, IntegrityError, UsageError, shorten
-from lorax_async.files import Reader
+from lorax_async.files import FileReader
 from lorax_async.formats.digests import Digest
 from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.formats.strict_json import parse_object
@@ -206,7 +206,7 @@ class CacheEntry(Protocol):
     def folder(self) -> str:
         """Absolute path of its folder, which PEFT can load as long as the lease lasts."""
 
-    def reader(self, name: str) -> Reader:
+    def reader(self, name: str) -> FileReader:
         """Return a reader of one file. Quick: opened by the first read.
 
         It may outlive this, but raises `IntegrityError` once the entry is removed. Raise

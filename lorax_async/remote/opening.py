@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -77,7 +77,7 @@ PUBLIC = ""
 """The scope of callers without a token."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Resolution:
     """The last request for a key, and its source's answer; None if it must be asked again."""
 
@@ -112,7 +112,6 @@ class VersionResolver:
         self._keys: OrderedDict[ParsedRef, RemoteKey] = OrderedDict()
         self._resolutions: OrderedDict[RemoteKey, Resolution] = OrderedDict()
         self._answered: OrderedDict[RemoteKey, None] = OrderedDict()
-        self._recorded: OrderedDict[str, str] = OrderedDict()
 
     async def resolve(self, ref: ParsedRef) -> RemoteKey:
         """Return the version that `ref` names now: by a recent answer, the cache or the source."""
@@ -175,7 +174,7 @@ class VersionResolver:
         """Drop the first bytes that came with `key`: locate it again."""
         if key in self._answered:
             del self._answered[key]
-            self._resolutions[key] = replace(self._resolutions[key], located=None)
+            self._resolutions[key].located = None
 
     def _remember(
         self, ref: ParsedRef, key: RemoteKey, located: LocatedAdapter | None, since: float
@@ -205,9 +204,10 @@ class VersionResolver:
         Another request's token might be refused, and its digest is not this one's.
         """
         last = self._resolutions.get(key)
-        if last is not None and last.ref != ref:
-            self._resolutions[key] = replace(last, ref=ref)
-        return last is not None
+        if last is None:
+            return False
+        last.ref = ref
+        return True
 
     async def _query(self, ref: ParsedRef) -> LocatedAdapter:
         if not self._offline:
@@ -236,10 +236,8 @@ class VersionResolver:
             entry = self.cache.open(cache_key(key))
             if entry is None:
                 return None
-            try:
+            with closing(entry):
                 return 0.0 if entry.last_access(PUBLIC) is not None else entry.last_access(scope)
-            finally:
-                entry.close()
 
         return await self._workers.run(look)
 
@@ -267,15 +265,11 @@ class VersionResolver:
 
     async def _record(self, ref: ParsedRef, located: LocatedAdapter) -> None:
         """Record the answer for times when the source is unreachable. Ignore failures."""
-        question, version = question_of(ref), located.version
-        if ref.token is not None or self._recorded.get(question) == version:
-            return
-        try:
-            note = partial(self.cache.note_version, question, located.source, version)
-            await self._workers.run(note)
-        except (CapacityError, FetchError):
-            return  # a cached adapter needs no room; a download reports the failure itself
-        remember(self._recorded, question, version, MAX_REFS)
+        if ref.token is None:
+            answer = question_of(ref), located.source, located.version
+            # A cached adapter needs no room, and a download reports the failure itself.
+            with suppress(CapacityError, FetchError):
+                await self._workers.run(partial(self.cache.note_version, *answer))
 
 
 def question_of(ref: AdapterRef) -> str:

@@ -289,18 +289,14 @@ class EntryReader(CountedReader):
     def __init__(self, entry: CacheEntry, key: CacheKey) -> None:
         self.entry = entry
         self.key = key
-        super().__init__(entry.reader(WEIGHTS_FILE))
+        self._file = entry.reader(WEIGHTS_FILE)
+        super().__init__(self._file)
 
     def file(self) -> FileReader:
-        assert isinstance(self._reader, FileReader)
-        return self._reader
-
-    def is_cached(self) -> bool:
-        """Return whether the page cache seems to have the weights."""
-        return isinstance(self._reader, FileReader) and self._reader.is_cached()
+        return self._file
 
     def close(self) -> None:
-        self._reader.close()
+        self._file.close()
         self.entry.close()
 
 
@@ -310,7 +306,7 @@ def open_entry(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:
     try:
         config = read_first(entry, CONFIG_FILE)
         prefix = read_prefix(reader, limits)
-        return AdapterFile(config, prefix, reader, entry.mappable, cached=reader.is_cached())
+        return AdapterFile(config, prefix, reader, entry.mappable, cached=reader.file().is_cached())
     except BaseException:
         reader.close()
         raise

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple
 
-from lorax_async.cache.base import CacheEntry, EntryRecord
+from lorax_async.cache.base import CacheEntry
 from lorax_async.cache.disk_cache import DiskCache
 from lorax_async.concurrency import FetchControl, ThreadPool, WorkerThreads
 from lorax_async.config import Checking, StoreConfig
@@ -37,14 +37,7 @@ from lorax_async.remote.readers import EntryReader, FetchReader, ReopenedReader,
 from lorax_async.remote.web import WebBackend
 from lorax_async.sources.base import AdapterFile, StoredFolder
 from lorax_async.telemetry import Tracer
-from lorax_async.types import (
-    UNCHECKED,
-    AdapterKey,
-    AdapterRef,
-    FileIdentity,
-    RemoteKey,
-    Verification,
-)
+from lorax_async.types import UNCHECKED, AdapterKey, AdapterRef, RemoteKey, Verification
 
 
 class RemoteParts(NamedTuple):
@@ -54,11 +47,6 @@ class RemoteParts(NamedTuple):
     opener: AdapterOpener
     workers: WorkerThreads
     close: Callable[[], None]
-
-
-class _SeenFiles(NamedTuple):
-    record: EntryRecord
-    identities: Mapping[str, FileIdentity]
 
 
 class RemoteSource:
@@ -75,8 +63,8 @@ class RemoteSource:
         self._lock = Lock()
         self._parts: RemoteParts | None = None
         self._closed = False
-        self._seen: OrderedDict[RemoteKey, _SeenFiles] = OrderedDict()
-        """Those opened last for each key: its plan, and what was checked, are of these only."""
+        self._seen: OrderedDict[RemoteKey, CacheEntry] = OrderedDict()
+        """Those opened last, maybe closed: plans, and what was checked, are of these only."""
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
         return await (await self._connect()).resolver.resolve(parse_ref(ref))
@@ -85,7 +73,7 @@ class RemoteSource:
         remote, parts = _remote(key), await self._connect()
         file = await parts.opener.open(remote, control)
         if isinstance(file.reader, EntryReader):
-            self._see(remote, file.reader.entry)
+            remember(self._seen, remote, file.reader.entry, MAX_KEYS)
         else:
             self._seen.pop(remote, None)
         return file
@@ -118,7 +106,7 @@ class RemoteSource:
         reader = file.reader
         if isinstance(reader, FetchReader):
             entry = await reader.fetch_groups(groups, arrived, control)
-            self._see(reader.key, entry)
+            remember(self._seen, reader.key, entry, MAX_KEYS)
             return self._verification(entry)
         assert isinstance(reader, EntryReader)
         if control.cancelled:
@@ -171,9 +159,6 @@ class RemoteSource:
                 self.cache = self._parts.resolver.cache
             return self._parts
 
-    def _see(self, key: RemoteKey, entry: CacheEntry) -> None:
-        remember(self._seen, key, _SeenFiles(entry.record, entry.identities), MAX_KEYS)
-
     def _entry(self, parts: RemoteParts, key: RemoteKey, *, check: bool = False) -> CacheEntry:
         """Open the entry of a key; hash it with `check`. Blocks.
 
@@ -197,15 +182,10 @@ class RemoteSource:
 
     async def _check(self, reader: EntryReader) -> None:
         """Hash an entry and compare it with the digests that publication recorded."""
-        parts = await self._connect()
-
-        def open_checked() -> CacheEntry | None:
-            return parts.resolver.cache.open(reader.key, check=True)
-
+        parts, same = await self._connect(), False
+        open_checked = partial(parts.resolver.cache.open, reader.key, check=True)
         entry = await parts.workers.run(open_checked, close_unused)
-        if entry is None:
-            same = False
-        else:  # what was hashed must be what is read, not the copy of another tier
+        if entry is not None:  # what was hashed must be what is read, not the hub cache's copy
             same = entry.folder == reader.entry.folder and entry.record == reader.entry.record
             entry.close()
         if not same:
