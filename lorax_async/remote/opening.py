@@ -31,8 +31,9 @@ from lorax_async.errors import (
     IntegrityError,
     LoraxError,
 )
+from lorax_async.files import read_prefix
 from lorax_async.formats.digests import Digest, FileHash, sent_sha256
-from lorax_async.formats.peft_names import WEIGHTS_FILE
+from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
 from lorax_async.formats.safetensors import header_end, header_size
 from lorax_async.http.download_scheduler import Job
 from lorax_async.http.failures import changed_error
@@ -55,7 +56,7 @@ from lorax_async.remote.base import (
     track,
     unwanted_error,
 )
-from lorax_async.remote.readers import FetchReader, open_entry, read_first
+from lorax_async.remote.readers import EntryReader, FetchReader, read_first
 from lorax_async.sources.base import AdapterFile
 from lorax_async.types import AdapterRef, RemoteKey
 
@@ -381,20 +382,24 @@ class AdapterOpener:
     async def _open_entry(
         self, key: RemoteKey, entry: CacheEntry, control: FetchControl
     ) -> AdapterFile:
-        open_file = partial(open_entry, entry, cache_key(key), self._limits)
-        try:
-            file = await self._workers.run(open_file, lambda file: file.reader.close())
-        except BaseException:
-            entry.close()  # the thread may not have begun
-            raise
+        reader = EntryReader(entry, cache_key(key))
+
+        def read() -> AdapterFile:
+            config, prefix = read_first(entry, CONFIG_FILE), read_prefix(reader, self._limits)
+            cached = reader.file().is_cached()
+            return AdapterFile(config, prefix, reader, entry.mappable, refuse, cached=cached)
 
         async def refuse(error: LoraxError, *, weights: bool) -> bool:  # noqa: ARG001
             if weights:
                 return await self._remove_unvouched(key)
-            file.reader.close()
+            reader.close()
             return await self._remove_outdated(key, control)
 
-        return replace(file, refuse=refuse)
+        try:
+            return await self._workers.run(read)
+        except BaseException:
+            reader.close()
+            raise
 
     # -- a download that begins -------------------------------------------------------------------
 

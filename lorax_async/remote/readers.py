@@ -13,10 +13,9 @@ from lorax_async.cache.base import CacheEntry, CacheKey
 from lorax_async.cache.disk_cache import DiskDownload
 from lorax_async.cache.partials import PartialFile
 from lorax_async.concurrency import FetchControl, Inbox, SharedResource, WorkerThreads, outcome
-from lorax_async.config import Limits
 from lorax_async.errors import AdapterFormatError, EvictedError, IntegrityError, LoraxError
-from lorax_async.files import FileReader, Reader, read_prefix
-from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
+from lorax_async.files import FileReader, Reader
+from lorax_async.formats.peft_names import WEIGHTS_FILE
 from lorax_async.formats.spans import ByteRange, ByteSpan, SpanSet
 from lorax_async.http.download_scheduler import Job
 from lorax_async.http.range_downloader import FOREGROUND, PREFETCH, RangeDownloader
@@ -29,7 +28,6 @@ from lorax_async.remote.base import (
     track,
     unwanted_error,
 )
-from lorax_async.sources.base import AdapterFile
 from lorax_async.types import RemoteKey
 
 Groups = Sequence[Sequence[ByteSpan]]
@@ -298,18 +296,6 @@ class EntryReader(CountedReader):
     def close(self) -> None:
         self._file.close()
         self.entry.close()
-
-
-def open_entry(entry: CacheEntry, key: CacheKey, limits: Limits) -> AdapterFile:
-    """Return config, header and reader of an entry. Blocks. On an error the entry is closed."""
-    reader = EntryReader(entry, key)
-    try:
-        config = read_first(entry, CONFIG_FILE)
-        prefix = read_prefix(reader, limits)
-        return AdapterFile(config, prefix, reader, entry.mappable, cached=reader.file().is_cached())
-    except BaseException:
-        reader.close()
-        raise
 
 
 def read_first(entry: CacheEntry, name: str, nbytes: int | None = None) -> bytes:
