@@ -56,6 +56,12 @@ class Bucket:
         self.tokens = min(float(BURST), self.tokens + (now - self.filled) * self.rate)
         self.filled = now
 
+    def take(self, nbytes: int) -> float:
+        """Take tokens in turn, also such that are yet to come; return the seconds until then."""
+        self.fill()
+        self.tokens -= nbytes
+        return -self.tokens / self.rate
+
 
 @dataclass(slots=True, eq=False)
 class Client:
@@ -68,7 +74,11 @@ class Client:
     body: memoryview = field(default_factory=lambda: memoryview(b""))
     busy: bool = False
     free: bool = False
+    stalls: bool = False
     blocked: bool = False
+    granted: int = 0
+    """Bytes that it may send of a rate that is shared."""
+
     since: int = -1
     requests: int = 0
 
@@ -82,11 +92,13 @@ class LinkServer:
         rate: float,
         delay: float,
         stall_after: int = 0,
+        stalling: str = "",
         commit: str = "",
         *,
         shared: bool = False,
     ) -> None:
         self._stall_after = stall_after
+        self._stalling = f"/{stalling}"
         self._shared = Bucket(rate) if shared else None
         self._quantum = _SHARED_QUANTUM if shared else _QUANTUM
         self._files = {f"/{name}": _content(path) for name, path in files.items()}
@@ -155,6 +167,7 @@ class LinkServer:
         found = _TARGET.fullmatch(target.decode("latin-1"))
         path, reset = found.groups() if found else ("", None)
         client.free = path == "/-/counts"
+        client.stalls = not client.free and path.startswith(self._stalling)
         if client.free:
             body = json.dumps(self.counts).encode()
             if reset:
@@ -213,27 +226,43 @@ class LinkServer:
 
     def _pour(self, client: Client) -> None:
         while client.body:
-            if self._stall_after and not client.free:
+            if self._stall_after and client.stalls:
                 client.socket.send(client.body[: self._stall_after])
                 client.body = memoryview(b"")
                 return  # busy for good
-            most, bucket = len(client.body), client.bucket
-            if self._rate and not client.free:
-                bucket.fill()
-                enough = min(most, self._quantum)
-                if bucket.tokens < enough:
-                    self._later(client, (enough - bucket.tokens) / self._rate)
-                    return
-                most = min(most, enough if self._shared else int(bucket.tokens))
+            most = self._allowed(client)
+            if not most:
+                return
             sent = client.socket.send(client.body[: min(most, 1 << 20)])
-            bucket.tokens -= 0 if client.free else sent
             client.body = client.body[sent:]
-            self.counts["bytes"] += 0 if client.free else sent
-            if self._shared and client.body and not client.free:
+            if client.free:
+                continue
+            self.counts["bytes"] += sent
+            if not self._shared:
+                client.bucket.tokens -= sent
+                continue
+            client.granted -= min(sent, client.granted)
+            if client.body:
                 self._later(client, 0.0)  # the others' turn
                 return
         client.busy = False
         self._next(client)
+
+    def _allowed(self, client: Client) -> int:
+        """Return how many bytes may be sent now; if none, come back when some may be."""
+        most, bucket = len(client.body), client.bucket
+        if client.free or not self._rate:
+            return most
+        enough, wait = min(most, self._quantum), 0.0
+        if self._shared and not client.granted:
+            client.granted, wait = enough, bucket.take(enough)
+        elif not self._shared:
+            bucket.fill()
+            wait = (enough - bucket.tokens) / self._rate
+        if wait > 0:
+            self._later(client, wait)
+            return 0
+        return client.granted if self._shared else int(bucket.tokens)
 
     def _close(self, client: Client) -> None:
         self._clients.pop(client.socket.fileno(), None)
@@ -286,7 +315,8 @@ class Link:
 
     The rate is that of each connection, or if `shared` of all together.
 
-    With `stall_after`, each response stalls after so many bytes of its body.
+    With `stall_after`, each response for a name that begins with `stalling` stalls after so many
+    bytes of its body.
     """
 
     def __init__(
@@ -296,12 +326,14 @@ class Link:
         rate: float,
         delay: float,
         stall_after: int = 0,
+        stalling: str = "",
         commit: str = "",
         shared: bool = False,
     ) -> None:
         named = [f"{name}={path}" for name, path in files.items()]
         settings = ["--rate", str(rate), "--delay", str(delay), "--stall-after", str(stall_after)]
-        settings += ["--commit", commit, *(["--shared"] if shared else [])]
+        settings += ["--commit", commit, "--stalling", stalling]
+        settings += ["--shared"] if shared else []
         command = [sys.executable, __file__, *settings, *named]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
         self.pid = self._process.pid
@@ -334,12 +366,13 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=20e6, help="bytes/s per connection; 0: none")
     parser.add_argument("--delay", type=float, default=0.01, help="seconds before each response")
     parser.add_argument("--stall-after", type=int, default=0, help="bytes of a body; 0: never")
+    parser.add_argument("--stalling", default="", help="names that stall begin so")
     parser.add_argument("--commit", default="", help="describe files as the hub does, at this one")
     parser.add_argument("--shared", action="store_true", help="the rate is that of all together")
     parser.add_argument("files", nargs="+", help="name=path")
     given = parser.parse_args()
     files = {name: Path(path) for name, _, path in (each.partition("=") for each in given.files)}
-    how = given.rate, given.delay, given.stall_after, given.commit
+    how = given.rate, given.delay, given.stall_after, given.stalling, given.commit
     server = LinkServer(files, *how, shared=given.shared)
     print(json.dumps({"port": server.port}), flush=True)
     server.serve()

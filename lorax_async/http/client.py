@@ -365,11 +365,11 @@ class LinkModels:
             model = self._models.get(origin)
             return model is not None and model.received(reception, self._clock(), nbytes)
 
-    def ended(self, origin: Origin) -> None:
+    def ended(self, origin: Origin, reception: Reception) -> None:
         """Record that nothing more is read of a response."""
         with self._lock:
             if (model := self._models.get(origin)) is not None:
-                model.ended(self._clock())
+                model.ended(reception, self._clock())
 
 
 _UNKNOWN = LinkModel()
@@ -417,7 +417,7 @@ class Response:
         connection = self.connection
         outcome = "whole" if connection.body_ended else "left"
         self.request_span.end(bytes=self.received, outcome=outcome)
-        self.client.links.ended(self.location.url.origin)
+        self.client.links.ended(self.location.url.origin, self.reception)
         if connection.is_reusable:
             self.client.pool.put(connection)
         else:

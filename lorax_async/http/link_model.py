@@ -10,11 +10,20 @@ _WINDOWS = 0.005, 0.003
 _LATER_WINDOWS = 0.01
 """Seconds. The second one decides early whether connections share a rate."""
 
+_AT_ONCE = 0.005
+"""First bytes that are here within this time came with the head, or out of a bucket."""
+
+_SILENT = 0.025
+"""A connection that tells of no bytes for longer had none: a read takes less time."""
+
 _WINDOW_BYTES = 64 << 10
 """Per receiving connection. Less is noise: a buffer empties at once."""
 
 _WEIGHT, _FIRST_WEIGHT = 0.5, 0.7
 """How much a comparison of two numbers of connections counts, and the first one of a number."""
+
+_LATEST = 0.4
+"""How much the latest window counts among those of the same number of connections."""
 
 _APART = 0.3
 """Doublings between two numbers of connections, from which on they are compared."""
@@ -66,7 +75,7 @@ class LinkEstimate:
     trial: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Reception:
     """A connection that receives a body: what the model had counted when bytes came last."""
 
@@ -78,10 +87,10 @@ class Reception:
 class LinkModel:
     """What connections to one origin got: the delay, and the rate by how many received together.
 
-    The number is rounded to a power of two. Two windows of different numbers, one after the other,
-    tell what more connections add; one that differs from another of the same number tells that the
-    link has changed for all numbers. So a moment in which this machine was busy is not taken for
-    what a number of connections can bring. Times are monotonic seconds.
+    The number is rounded to a power of two. The rate of the latest windows of one number, and that
+    of the first one of another number right after them, tell what more connections add: a moment in
+    which this machine was busy is not taken for what a number of connections can bring. After a
+    trial that brought nothing, two windows have to say otherwise. Times are monotonic seconds.
 
     A first download of a few hundred KB at once came out of a bucket: one connection is then
     supposed to be as good as any number, until they are compared.
@@ -93,7 +102,10 @@ class LinkModel:
         self._compared = set[int]()
         self._number, self._average = 0, 0.0
         self._rate = 0.0
-        """Of the last window, in which so many connections received."""
+        """Of the last windows, in which so many connections received."""
+
+        self._held: float | None = None
+        """The rate of a window with more connections than were enough; a second one decides."""
 
         self._untried, self._patience = 0, _PATIENCE[0]
         """Windows since the last trial of more connections, and those before the next one."""
@@ -101,7 +113,7 @@ class LinkModel:
         self._flow: float | None = None
         self._is_burst = False
         self._saved = 0
-        self._receiving = 0
+        self._receptions = set[Reception]()
         self._known: LinkEstimate | None = None
         """The estimate, until something changes it."""
 
@@ -112,39 +124,45 @@ class LinkModel:
     def began(self, now: float, delay: float) -> Reception:
         """Record the head of a response, whose connection receives from here on."""
         elapsed = self._advance(now)
-        if not self._receiving:
+        if not self._receptions:
             pause = min(elapsed, delay)
             self._paused += pause
             self._saved = int((self._flow or 0.0) * pause)
         self._delays.append(delay)
         self._known = None
-        self._receiving += 1
-        return Reception(self._at, self._connection_seconds)
+        reception = Reception(self._at, self._connection_seconds)
+        self._receptions.add(reception)
+        return reception
 
     @property
     def is_receiving(self) -> bool:
-        return self._receiving > 0
+        return bool(self._receptions)
 
     def received(self, reception: Reception, now: float, nbytes: int) -> bool:
         """Record bytes; return whether the estimate differs now.
 
-        The first ones of a response say nothing about the rate: they came with the head.
+        The first ones of a response say nothing about the rate if they came with the head.
         """
         self._advance(now)
-        seconds = self._at - reception.at
-        together = self._connection_seconds - reception.connection_seconds
-        reception.at, reception.connection_seconds = self._at, self._connection_seconds
-        if reception.is_first:
-            reception.is_first = False
+        is_first, reception.is_first = reception.is_first, False
+        seconds, together = self._since(reception)
+        if is_first and seconds < _AT_ONCE:
             return False
         return self._count(nbytes, seconds, together)
 
-    def ended(self, now: float) -> None:
+    def ended(self, reception: Reception, now: float) -> None:
         """Record that a connection receives no more of its response."""
         self._advance(now)
-        self._receiving -= 1
-        if not self._receiving:
+        self._receptions.discard(reception)
+        if not self._receptions:
             self._count_burst()
+
+    def _since(self, reception: Reception) -> tuple[float, float]:
+        """Return the seconds since its last bytes, of this and of all connections; begin anew."""
+        seconds = self._at - reception.at
+        together = self._connection_seconds - reception.connection_seconds
+        reception.at, reception.connection_seconds = self._at, self._connection_seconds
+        return seconds, together
 
     def estimate(self) -> LinkEstimate:
         """Return what is known of the link.
@@ -202,8 +220,8 @@ class LinkModel:
         """Move to this moment; return the seconds since the last one."""
         elapsed = max(0.0, now - self._at)
         self._at += elapsed
-        self._connection_seconds += elapsed * self._receiving
-        if self._receiving:
+        self._connection_seconds += elapsed * len(self._receptions)
+        if self._receptions:
             self._flowed += elapsed
         return elapsed
 
@@ -222,6 +240,9 @@ class LinkModel:
         least = _WINDOWS[len(self._shape)] if len(self._shape) < 2 else _LATER_WINDOWS
         if min(elapsed, self._seconds / number) < least or self._nbytes < _WINDOW_BYTES * number:
             return False
+        for reception in self._receptions:
+            if self._at - reception.at > _SILENT:
+                self._seconds += self._since(reception)[0]
         rate = self._all_bytes / self._seconds
         self._flow, self._known = rate * self._flowed / elapsed, None
         if not self._is_burst or self._shape or self._paused <= _IDLE * elapsed:
@@ -247,12 +268,19 @@ class LinkModel:
             if self._is_burst:
                 self._shape[1] = 1.0
             self._number = number
-        enough = self._enough()
         self._untried += 1
-        if number != self._number:
-            doublings = log2(average / self._average)
+        held, self._held = self._held, None
+        if number == self._number:
+            rate = _mean(rate, self._rate or rate, _LATEST)
+        else:
+            doublings, enough = log2(average / self._average), self._enough()
             if abs(doublings) < _APART:
                 return
+            if number > enough and held is None and self._patience > _PATIENCE[0]:
+                self._held = rate
+                return
+            if number > enough and held is not None:
+                rate = _mean(rate, held)
             added = max(0.0, min(1.0, log2(rate / self._rate) / doublings))
             self._adjust(number, self._shape[self._number] * (number / self._number) ** added)
             if number > enough:
@@ -273,3 +301,8 @@ class LinkModel:
         for other, value in self._shape.items():  # more connections bring no less
             limit = min if other < number else max
             self._shape[other] = limit(value, self._shape[number])
+
+
+def _mean(rate: float, other: float, weight: float = 0.5) -> float:
+    """Return the mean of two rates by the time that as many bytes take, which no burst raises."""
+    return 1 / (weight / rate + (1 - weight) / other)

@@ -239,8 +239,9 @@ class Download(_FileJob[None]):
         return wanted
 
     def useful(self) -> int | None:
-        pace = self._plan.pace(self._link(), self._connections)
-        return pace.connections if pace.staggered else None
+        link = self._link()
+        fewer = link.is_compared and link.connections < self._connections
+        return link.connections if fewer else None
 
     @property
     def _most(self) -> int:

@@ -307,7 +307,7 @@ def test_what_is_being_read_is_not_given_to_another() -> None:
         for _ in range(9):
             world.now += 0.1
             links.received(place.url.origin, reception, 100_000)
-        links.ended(place.url.origin)
+        links.ended(place.url.origin, reception)
     job = Download(
         scheduler,
         HttpClient(settings, pool, links, scheduler.clock, Tracer()),

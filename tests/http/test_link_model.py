@@ -90,12 +90,11 @@ def test_an_origin_that_receives_is_not_forgotten_for_others() -> None:
     reception = links.began(busy, 0.25)
     for n in range(1000):
         other = Origin("https", f"{n}.example", 443)
-        links.began(other, 0.01)
-        links.ended(other)
+        links.ended(other, links.began(other, 0.01))
     for _ in range(9):
         now += 0.1
         links.received(busy, reception, 100_000)
-    links.ended(busy)
+    links.ended(busy, reception)
     assert links.estimate(busy).delay == 0.25
     never_seen = Origin("https", "other.example", 443)
     assert links.estimate(Origin("https", "0.example", 443)) == links.estimate(never_seen)

@@ -299,7 +299,7 @@ class ProbedDownload:
 
     def ended(self, now: float, number: int) -> None:
         self.used -= 1
-        self.links.ended(self._now(now))
+        self.links.ended(self._receptions[number], self._now(now))
         if not self._probed:
             self._probed, self.header = True, now
             self.begin()
