@@ -95,8 +95,7 @@ class Service:
     def submit(self, generation: Generation, model: str) -> ObservedTokens:
         """Submit to the engine; measure the tokens as `model`'s. Raise as `Engine.submit`."""
         adapter = generation.adapter
-        recording = self.cold.record(adapter)
-        on_outcome = recording.end if recording is not None else lambda _: None
+        on_outcome = self.cold.record(adapter)
         try:
             tokens = self.engine.submit(generation)
         except BaseException:
