@@ -55,15 +55,10 @@ Results go to stdout, progress to stderr: without a terminal, a line every few s
 _MODULES = {"fetch": "cache_commands", "cache": "cache_commands"}
 """Where commands are that have no module of their own name."""
 
+_SIMULATED = ("zipf", "trace", "requests", "rate", "seed", "replicas", "cache-bytes", "deaths")
 _REMOVED = {
     "demo-remote": "run examples/slow_link.py, in a checkout of the project",
-    **dict.fromkeys(
-        (
-            *("plan --zipf", "plan --trace", "plan --requests", "plan --rate"),
-            *("plan --seed", "plan --replicas", "plan --cache-bytes", "plan --deaths"),
-        ),
-        f"{SIMULATION} simulates requests and fleets",
-    ),
+    **{f"plan --{each}": f"{SIMULATION} simulates requests and fleets" for each in _SIMULATED},
 }
 """Commands and options of former versions, and what to do instead."""
 
