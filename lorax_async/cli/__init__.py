@@ -32,6 +32,7 @@ from lorax_async.cli.command_line import (
     ABOUTS,
     FAILED,
     INTERRUPTED,
+    SIMULATION,
     Command,
     Terminal,
     describe_os_error,
@@ -53,6 +54,13 @@ Results go to stdout, progress to stderr: without a terminal, a line every few s
 
 _MODULES = {"fetch": "cache_commands", "cache": "cache_commands"}
 """Where commands are that have no module of their own name."""
+
+_SIMULATED = ("zipf", "trace", "requests", "rate", "seed", "replicas", "cache-bytes", "deaths")
+_REMOVED = {
+    "demo-remote": "run examples/slow_link.py, in a checkout of the project",
+    **{f"plan --{each}": f"{SIMULATION} simulates requests and fleets" for each in _SIMULATED},
+}
+"""Commands and options of former versions, and what to do instead."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,8 +122,11 @@ def _parser(words: Sequence[str], terminal: Terminal) -> argparse.ArgumentParser
     )
     help = "show program's version number and exit"
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help=help)
-    if words[:1] == ["demo-remote"]:
-        parser.error("demo-remote was removed; run examples/slow_link.py of a checkout")
+    for word in words:
+        name = word.partition("=")[0]
+        removed = name if word is words[0] else f"{words[0]} {name}"
+        if removed in _REMOVED:
+            parser.error(f"{removed} was removed; {_REMOVED[removed]}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     named = next((word for word in words if word in ABOUTS), None)
     if named is not None:

@@ -66,6 +66,7 @@ TOKENS = (
     "The hub gets the token in HF_TOKEN, or the one that `hf auth login` stored; object stores get"
     " the environment's credentials. No option takes these: other users can see command lines."
 )
+SIMULATION = "benchmarks/simulate_capacity.py, in a checkout of the project,"
 PIPE_WIDTH = 5_000
 """Columns of a table in a pipe or file, wide enough not to break lines."""
 

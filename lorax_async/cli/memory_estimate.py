@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from lorax_async.cli.command_line import adapter_folders
+from lorax_async.cli.command_line import SIMULATION, adapter_folders
 from lorax_async.config import Limits
 from lorax_async.devices.base import Device
 from lorax_async.errors import ConfigError, LoraxError, shorten
@@ -21,8 +21,6 @@ from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.runtime.assembly import MOVE_BYTES
 from lorax_async.sources.local import CONFIG, find_trusted_adapter, open_weights
-
-SIMULATION = "benchmarks/simulate_capacity.py, in a checkout of the project,"
 
 
 class AdapterKind(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any
 from lorax_async.cli.command_line import (
     ABOUTS,
     OK,
+    SIMULATION,
     AddParser,
     Terminal,
     add_base,
@@ -19,10 +20,8 @@ from lorax_async.cli.command_line import (
     integer_parser,
     read_layout,
 )
-from lorax_async.cli.memory_estimate import SIMULATION, AdapterKind, MemoryEstimate, count_fitting
+from lorax_async.cli.memory_estimate import AdapterKind, MemoryEstimate, count_fitting
 from lorax_async.config import DTYPES, MAX_SLOTS
-
-_MOVED = ("zipf", "trace", "requests", "rate", "seed", "replicas", "cache-bytes", "deaths")
 
 
 def add_to(add: AddParser) -> None:
@@ -31,12 +30,6 @@ def add_to(add: AddParser) -> None:
     help = "an adapter's folder, a folder of such folders, or 10000x16 for 10,000 of rank 16"
     parser.add_argument("--adapters", nargs="+", required=True, metavar="DIR|NxR", help=help)
     add_estimate_options(parser)
-    for name in _MOVED:
-        parser.add_argument(f"--{name}", type=_refuse_moved, help=argparse.SUPPRESS)
-
-
-def _refuse_moved(_: str) -> None:
-    raise argparse.ArgumentTypeError(f"{SIMULATION} simulates requests and fleets")
 
 
 def add_estimate_options(parser: argparse.ArgumentParser) -> None:

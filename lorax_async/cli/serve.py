@@ -13,7 +13,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -194,11 +194,15 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
     for option, kind, default, about in (
         ("--max-slots", integer_parser(1, MAX_SLOTS), 8, "adapters on the device at a time"),
         ("--max-sequences", count, 16, "most sequences at a time (default: %(default)s)"),
-        ("--max-share", as_share, 0.5, f"{share} up to 1 (default: %(default)s)"),
+        (
+            "--max-share",
+            number_parser(1, "a share"),
+            0.5,
+            f"{share} up to 1 (default: %(default)s)",
+        ),
         ("--max-length", count, 2048, f"{length} new ones included (default: %(default)s)"),
     ):
-        metavar = "X" if kind is as_share else "N"
-        parser.add_argument(option, type=kind, default=default, metavar=metavar, help=about)
+        parser.add_argument(option, type=kind, default=default, metavar="N", help=about)
 
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
@@ -220,9 +224,9 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         ("--pinned-bytes", "page-locked memory for adapters that left the device; not on cpu"),
     ):
         parser.add_argument(option, type=as_size, metavar="N", help=f"{about}: {SIZE_HELP}")
-    parser.add_argument(
-        "--timeout", type=as_seconds, metavar="S", help="seconds to load an adapter (default: 300)"
-    )
+    seconds = number_parser(MAX_SECONDS, "a number of seconds")
+    help = "seconds to load an adapter (default: 300)"
+    parser.add_argument("--timeout", type=seconds, metavar="S", help=help)
     parser.add_argument(
         "--max-rank",
         type=integer_parser(1),
@@ -231,28 +235,16 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def as_seconds(text: str) -> float:
-    """Parse a number of seconds, for argparse."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= MAX_SECONDS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of seconds, above 0 and up to {MAX_SECONDS:g}"
-        )
-    return seconds
+def number_parser(maximum: float, kind: str) -> Callable[[str], float]:
+    """Return a parser of numbers above 0 and up to `maximum`, for argparse."""
 
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            if 0 < float(text) <= maximum:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {kind} above 0 and up to {maximum:g}")
 
-def as_share(text: str) -> float:
-    """Parse a share, for argparse."""
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share above 0 and up to 1")
-    return share
+    return parse
 
 
 def as_immutable_root(text: str) -> LocalRoot:
@@ -285,7 +277,10 @@ def server_loader_settings(
 def _serve(arguments: argparse.Namespace, terminal: Terminal) -> int:
     with _logging_to(sys.stderr, arguments.log_level, arguments.log_format):
         with _log_step("importing the server"):
-            _import_server()
+            try:
+                importlib.import_module("lorax_async.server.app")
+            except ImportError as error:  # of the extra `serve`
+                raise ConfigError(f"{error}; {install_command('serve')}") from error
         with _log_step("reading adapters and settings"):
             settings, config, capacity = _read_settings(arguments)
         folder = Path(arguments.base)
@@ -303,13 +298,6 @@ def _serve(arguments: argparse.Namespace, terminal: Terminal) -> int:
         tune_process()
         run_on_uvloop(_run(arguments, terminal, model, config, settings, capacity))
     return OK
-
-
-def _import_server() -> None:
-    try:
-        importlib.import_module("lorax_async.server.app")
-    except ImportError as error:  # of the extra `serve`
-        raise ConfigError(f"{error}; {install_command('serve')}") from error
 
 
 def _read_settings(
@@ -560,10 +548,8 @@ def _announce(
 
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    places = [*arguments.source, *(root.path for root in arguments.immutable_root)]
-    sources = " ".join(map(_source_text, places)) or "none"
     key = "needed" if settings.api_keys else "not needed"
-    log_event("serving", url=url, names=1 + len(settings.adapters), sources=sources, api_key=key)
+    log_event("serving", url=url, names=1 + len(settings.adapters), api_key=key)
     if not (settings.api_keys or ip_address(host).is_loopback):
         open_to_all = f"other machines may use this server without a key; {API_KEY} sets one"
         log_event(open_to_all, level=logging.WARNING)
@@ -573,15 +559,6 @@ def _announce(
     terminal.say(f"serving {', '.join([settings.base, *settings.adapters])} at {url}", "bold")
     model = next(iter(settings.adapters), settings.base)
     terminal.say(curl_command(url, model, with_key=bool(settings.api_keys)))
-
-
-def _source_text(source: Allow | Path) -> str:
-    if isinstance(source, Path):
-        return str(source)
-    if source.scheme == "hub":
-        return f"hub:{source.prefix}" if source.prefix else "hub"
-    port = "" if source.port is None else f":{source.port}"
-    return f"{source.scheme}://{source.host}{port}/{source.prefix}"
 
 
 def serve_commands(adapters: Path) -> tuple[str, str]:
@@ -679,13 +656,6 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line | values, default=str, ensure_ascii=False)
 
 
-class TextFormatter(logging.Formatter):
-    """Local time, level and message."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(message)s")
-
-
 def _add_logging(parser: argparse.ArgumentParser) -> None:
     """Add --log-level and --log-format."""
     parser.add_argument(
@@ -706,7 +676,8 @@ def _add_logging(parser: argparse.ArgumentParser) -> None:
 def _logging_to(stream: TextIO, level: str, form: str) -> Iterator[None]:
     """Write the process's log to `stream`: our lines from `level` on, warnings of all others."""
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    text = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
+    handler.setFormatter(JsonFormatter() if form == "json" else text)
     root, ours = logging.getLogger(), logging.getLogger("lorax_async")
     before = ours.level
     root.addHandler(handler)

@@ -37,6 +37,7 @@ from lorax_async.errors import (
     AdapterInUseError,
     AdapterTimeoutError,
     InvalidAdapterIdError,
+    LoaderClosedError,
     LoraxError,
     class_name,
     shorten,
@@ -79,7 +80,7 @@ from lorax_async.server.server_settings import (
     require_operator,
     sees_everything,
 )
-from lorax_async.server.service import CLOSING, Service
+from lorax_async.server.service import CLOSING, RequestScope, Service
 from lorax_async.types import AdapterId, AdapterKey, AdapterRef
 
 HERE = Path(__file__).parent / "page"
@@ -443,40 +444,31 @@ async def show_metrics(service: ServiceOfApp) -> Response:
 
 
 class PageEvents(Response):
-    """What the page shows, as events: ends with its client or with the server, HEAD at once."""
+    """What the page shows, as events, which end with the client or with the server."""
 
     background = None
 
     def __init__(self, service: Service, *, operator: bool) -> None:
-        self._service = service
-        self._operator = operator
+        self._service, self._operator = service, operator
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service, settings = self._service, self._service.settings
-        if service.in_flight.closing:
-            raise Refusal(503, CLOSING, code="closing", retry_after=settings.retry_after)
-        stream = EventStream(scope, receive, send, settings.slow_client)
-        if IS_HEAD in scope:
-            await stream.begin()
-            await stream.end()
-            return
-        with service.dashboard.admit(stream, operator=self._operator):
-            try:
-                async with service.in_flight.open_scope(receive):
-                    await service.dashboard.send(stream, operator=self._operator)
-            except ClientDisconnect:
-                return
-            except LoraxError as error:
-                if not stream.has_begun:
-                    raise
-                await stream.fail(create_refusal(error, settings.retry_after), error)
+        dashboard, seconds = self._service.dashboard, self._service.settings.slow_client
+        # The dashboard ends it, also when requests in flight fail.
+        with suppress(ClientDisconnect):
+            async with RequestScope(set(), receive):
+                stream = EventStream(scope, receive, send, seconds)
+                await dashboard.send(stream, operator=self._operator)
 
 
 @viewer.get("/page/events", response_class=Response, responses=EVENTS | _errors(429, 503))
 async def show_events(
-    service: ServiceOfApp, operator: Annotated[bool, Depends(sees_everything)]
+    request: Request, service: ServiceOfApp, operator: Annotated[bool, Depends(sees_everything)]
 ) -> Response:
     """Send what the page shows, as it changes."""
+    if service.in_flight.closing:
+        raise LoaderClosedError(CLOSING)
+    if IS_HEAD in request.scope:
+        return Response(media_type="text/event-stream", headers={"cache-control": "no-cache"})
     return PageEvents(service, operator=operator)
 
 

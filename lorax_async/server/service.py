@@ -32,7 +32,7 @@ from lorax_async.server.server_log import log_adapters
 from lorax_async.server.server_metrics import ObservedTokens, ServerMetrics
 from lorax_async.server.server_settings import ModelNames, ServerSettings
 from lorax_async.server.transformers_decoder import TransformersDecoder
-from lorax_async.server.warm_list import WarmList
+from lorax_async.server.warm_list import keep_warm_list, read_warm_list
 from lorax_async.types import AdapterId, AdapterKey, AdapterRef, Ref, as_ref
 
 
@@ -95,8 +95,7 @@ class Service:
     def submit(self, generation: Generation, model: str) -> ObservedTokens:
         """Submit to the engine; measure the tokens as `model`'s. Raise as `Engine.submit`."""
         adapter = generation.adapter
-        recording = self.cold.record(adapter)
-        on_outcome = recording.end if recording is not None else lambda _: None
+        on_outcome = self.cold.record(adapter)
         try:
             tokens = self.engine.submit(generation)
         except BaseException:
@@ -374,8 +373,8 @@ async def open_service(
 ) -> AsyncIterator[Service]:
     """Open a service, on the loop that serves; on leaving, close all of its parts.
 
-    `base` is for the service alone; the dtype of `config` is the model's. `warm` is the file of a
-    `WarmList`; None keeps none. Raise `ConfigError` for settings that do not fit together.
+    `base` is for the service alone; the dtype of `config` is the model's. `warm` is the file
+    of the warm list; None keeps none. Raise `ConfigError` for settings that do not fit together.
     """
     layout = replace(layouts.from_module(base.model), base=settings.base)  # its name in errors
     sequences = capacity.sequences
@@ -394,8 +393,9 @@ async def open_service(
         )
         on_use = None
         if warm is not None:
-            warm_list = WarmList(warm, loader, admit=partial(_admit, settings))
-            on_use = (await enter(warm_list)).record_use
+            refs = await asyncio.to_thread(read_warm_list, warm)
+            admitted = dict.fromkeys(filter(None, map(partial(_admit, settings), refs)))
+            on_use = await enter(keep_warm_list(warm, loader, list(admitted)))
         yield Service(
             settings, engine, loader, base.tokenizer, base.stop_tokens, on_use, base.sampling
         )

@@ -4,110 +4,85 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import aiofiles.tempfile
 
 from lorax_async.errors import ConfigError, UsageError
 from lorax_async.loader import AdapterLoader
-from lorax_async.runtime.acquire import Prefetch
-from lorax_async.types import AdapterId, AdapterRef, as_ref
+from lorax_async.types import AdapterId, AdapterRef, Ref, as_ref
 
-_MAX_ADAPTERS = 1024  # the least recently used are forgotten
-_MAX_BYTES = 16 << 20
+MAX_ADAPTERS = 1024  # the least recently used are forgotten
+MAX_BYTES = 16 << 20
 _logger = logging.getLogger("lorax_async")
-Admit = Callable[[AdapterRef], AdapterRef | None]
 
 
-class WarmList:
-    """Keep a file with the adapters on the device, the last used first; prefetch them on entering.
+@asynccontextmanager
+async def keep_warm_list(
+    path: Path, loader: AdapterLoader, listed: Sequence[AdapterRef], pause: float = 1.0
+) -> AsyncIterator[Callable[[AdapterId], None]]:
+    """Prefetch `listed`; keep a file with the adapters on the device, the last used first.
 
-    It is replaced atomically when the list has changed, at most every `pause` seconds. Tokens are
-    never written. The loader is open, and closed after it. `admit` returns an adapter of the file
-    as it is to be loaded, or None to omit it. Entering raises `ConfigError`, as `read_warm_list`.
+    Yield the function to call with each adapter that is used. The file is replaced when the list
+    has changed, at most every `pause` seconds. Tokens are never written.
     """
+    used, changed, ended = dict.fromkeys(reversed(listed)), asyncio.Event(), asyncio.Event()
+    prefetch = loader.prefetch(coming := listed[: loader.config.max_slots])
 
-    restored: Prefetch | None = None
-    """The prefetch of the adapters in the file; None if it listed none."""
-
-    def __init__(
-        self, path: Path, loader: AdapterLoader, *, pause: float = 1.0, admit: Admit | None = None
-    ) -> None:
-        self._path, self._loader, self._pause, self._admit = path, loader, pause, admit
-        self._used, self._written = dict[AdapterRef, None](), b""
-        self._changed, self._ended = asyncio.Event(), asyncio.Event()
-
-    async def __aenter__(self) -> Self:
-        refs = await asyncio.to_thread(read_warm_list, self._path)
-        admitted = refs if self._admit is None else map(self._admit, refs)
-        listed = list(dict.fromkeys(filter(None, admitted)))
-        for ref in reversed(listed):
-            self.record_use(ref)
-        self._restoring = listed[: self._loader.config.max_slots]
-        if listed:
-            self.restored = self._loader.prefetch(self._restoring)
-        self._unsubscribe = self._loader.subscribe(lambda _: self._changed.set())
-        self._task = asyncio.create_task(self._run(), name="lorax warm list")
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._unsubscribe()
-        self._ended.set()
-        self._changed.set()
-        await asyncio.shield(self._task)  # a write may be in progress
-        if self.restored is not None:
-            self.restored.cancel()
-
-    def record_use(self, adapter: AdapterId) -> None:
-        """Move an adapter to the front of the list, unless it has a token."""
+    def record_use(adapter: AdapterId) -> None:
         ref = as_ref(adapter)
         if isinstance(ref, AdapterRef) and ref.token is None:
-            self._used.pop(ref, None)
-            self._used[ref] = None
-            if len(self._used) > _MAX_ADAPTERS:
-                del self._used[next(iter(self._used))]
-            self._changed.set()
+            used.pop(ref, None)
+            used[ref] = None
+            if len(used) > MAX_ADAPTERS:
+                del used[next(iter(used))]
+            changed.set()
 
-    async def _run(self) -> None:
-        while not self._ended.is_set():
-            await self._changed.wait()
-            self._changed.clear()
-            await self._write()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), self._pause)
-        await self._write()
-
-    async def _write(self) -> None:
-        rows: list[dict[str, object]] = [
-            {"path" if isinstance(ref.id, Path) else "id": ref.text, "source": ref.source}
-            | {"revision": ref.revision, "use_token": ref.use_token}
-            for ref in self._list_adapters()
-        ]
-        content = json.dumps({"adapters": rows}, indent=1).encode()  # pydantic takes UTF-8 only
-        if content != self._written:
+    async def keep() -> None:
+        written, is_last = b"", False
+        while not is_last:
+            await changed.wait()
+            changed.clear()
+            is_last = ended.is_set()
+            content = _encode(loader, reversed(used), () if prefetch.done else coming)
             try:
-                await _replace(self._path, content)
-                self._written = content
+                if content != written:
+                    await _replace(path, content)
+                written = content
             except OSError as error:
-                _logger.warning("the warm list %s could not be written: %s", self._path, error)
+                _logger.warning("the warm list %s could not be written: %s", path, error)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), pause)
 
-    def _list_adapters(self) -> Iterator[AdapterRef]:
-        """Yield the adapters on the device or being restored, the last used first."""
-        placement = self._loader.placement()
-        wanted: set[object] = {
-            key for key, where in placement.adapters.items() if where.tier == "device"
-        }
-        if self.restored is not None and not self.restored.done:
-            wanted |= set(self._restoring)
-        for ref in reversed(self._used):
-            if not wanted:
-                break  # do not look up all remembered names on the event loop
-            if not wanted.isdisjoint(meanings := {ref, placement.key(ref)}):
-                yield ref
+    unsubscribe = loader.subscribe(lambda _: changed.set())
+    task = asyncio.create_task(keep(), name="lorax warm list")
+    try:
+        yield record_use
+    finally:
+        unsubscribe()
+        ended.set()
+        changed.set()
+        await asyncio.shield(task)  # a write may be in progress
+        prefetch.cancel()
+
+
+def _encode(loader: AdapterLoader, used: Iterable[AdapterRef], coming: Sequence[Ref]) -> bytes:
+    """Return the file's content: those of `used` that are on the device, or coming."""
+    placement, rows = loader.placement(), list[dict[str, object]]()
+    near = placement.nearest(loader.config.max_slots)
+    wanted = {*coming, *(key for key, where in near.items() if where.tier == "device")}
+    for ref in used:
+        if not wanted:
+            break  # do not look up all remembered names on the event loop
+        if not wanted.isdisjoint(meanings := {ref, placement.key(ref)}):
             wanted -= meanings
+            name = "path" if isinstance(ref.id, Path) else "id"
+            row = {name: ref.text, "source": ref.source, "revision": ref.revision}
+            rows.append({**row, "use_token": ref.use_token})
+    return json.dumps({"adapters": rows}, indent=1).encode()
 
 
 async def _replace(path: Path, content: bytes) -> None:
@@ -118,35 +93,28 @@ async def _replace(path: Path, content: bytes) -> None:
             await file.flush()
             await asyncio.to_thread(os.fsync, file.fileno())
             await asyncio.to_thread(os.replace, str(file.name), path)
-        except BaseException:
-            with suppress(FileNotFoundError):  # it was cancelled when the file had its name
+        finally:
+            with suppress(FileNotFoundError):  # it has its name
                 os.unlink(str(file.name))
-            raise
 
 
 def read_warm_list(path: Path) -> list[AdapterRef]:
-    """Return the adapters of a warm list; none if the file does not exist. Blocks.
-
-    Raise `ConfigError`, with the path, the reason and what to do.
-    """
+    """Return the adapters of a warm list; none without a file. Blocks; raises `ConfigError`."""
+    if path.parent.is_dir() and not os.path.lexists(path):
+        return []
     try:  # without O_NONBLOCK, opening a FIFO waits for a writer
         with open(path, "rb", opener=lambda name, how: os.open(name, how | os.O_NONBLOCK)) as file:
-            match json.loads(file.read(_MAX_BYTES)):
+            match json.loads(file.read(MAX_BYTES)):
                 case {"adapters": [*rows]}:
                     return [_as_ref(**row) for row in rows]
         raise ValueError("it has no list named adapters")
-    except FileNotFoundError:
-        if path.parent.is_dir():
-            return []
-        raise ConfigError(f"no folder for the warm list: create the folder {path.parent}") from None
-    except OSError as error:
-        text = f"the warm list {path} cannot be read ({error.strerror}); name a file that can be"
-        raise ConfigError(text) from error
-    except (TypeError, KeyError, ValueError, RecursionError, UsageError) as error:
-        text = f"{path} is not a warm list ({error}); delete it, or name another file"
+    except (OSError, TypeError, KeyError, ValueError, RecursionError, UsageError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        text = f"the warm list {path} cannot be read ({reason}); delete it, or name another file"
         raise ConfigError(text) from error
 
 
-def _as_ref(source: Any, revision: Any, use_token: Any = False, **name: Any) -> AdapterRef:
-    id = Path(name["path"]) if "path" in name else name["id"]
-    return AdapterRef(id, source, revision, use_token=use_token)
+def _as_ref(
+    source: Any, revision: Any, use_token: Any = False, id: Any = None, path: Any = None
+) -> AdapterRef:
+    return AdapterRef(id if path is None else Path(path), source, revision, use_token=use_token)

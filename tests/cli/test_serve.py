@@ -217,6 +217,8 @@ NO_ROWS = [
     for row in (
         *(b"5", b'{"id": 1, "source": null}', b'{"id": "a/b", "source": 5, "revision": null}'),
         b'{"id": "a/b", "source": null, "revision": null, "use_token": 1}',
+        *(b'{"source": null, "revision": null}', b'{"source": null, "revision": null, "id": null}'),
+        b'{"id": "a/b", "source": null, "revision": null, "later": 1}',
     )
 ]
 
@@ -224,18 +226,18 @@ NO_ROWS = [
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (Path.mkdir, r"cannot be read \(Is a directory\); name a file"),
-        (os.mkfifo, "is not a warm list .*line 1 column 1.*; delete it"),
+        (Path.mkdir, r"cannot be read \(Is a directory\); delete it, or name another file"),
+        (os.mkfifo, "cannot be read .*line 1 column 1.*; delete it"),
         (_socket, "cannot be read"),
         (lambda path: path.symlink_to(path.name), "cannot be read"),
-        (lambda path: path.symlink_to("/dev/zero"), "is not a warm list .*; delete it"),
-        (_large, "is not a warm list .*; delete it"),
-        (_holds(b'{"adapters": ['), "is not a warm list .*line 1 column 15.*; delete it"),
-        *((_holds(text), "is not a warm list .*; delete it") for text in (b"", b"\x00")),
+        (lambda path: path.symlink_to("/dev/zero"), "cannot be read .*; delete it"),
+        (_large, "cannot be read .*; delete it"),
+        (_holds(b'{"adapters": ['), "cannot be read .*line 1 column 15.*; delete it"),
+        *((_holds(text), "cannot be read .*; delete it") for text in (b"", b"\x00")),
         (_holds(b"\xff\xfe{"), "can't decode byte.*; delete it"),
         (_holds(b"[" * 100_000), "maximum recursion depth.*; delete it"),
         *((_holds(content), "it has no list named adapters.*; delete it") for content in NO_LISTS),
-        *((_holds(content), "is not a warm list .*; delete it") for content in NO_ROWS),
+        *((_holds(content), "cannot be read .*; delete it") for content in NO_ROWS),
     ],
 )
 def test_no_warm_list_is_left_alone(refused: Any, tmp_path: Path, make: Any, reason: str) -> None:
@@ -282,7 +284,7 @@ def test_missing_files_and_places_are_told(
         ("--chat-template", "{0}/none", "{0}/none cannot be read"),
         ("--chat-template", "{0}/empty", "{0}/empty cannot be read"),
         ("--root-path", "llm", "root_path must be a path as /llm"),
-        ("--warm", "{0}/none/warm", "create the folder {0}/none"),
+        ("--warm", "{0}/none/warm", r"cannot be read \(No such file or directory\)"),
         ("--warm", "{0}/file/warm", r"cannot be read \(Not a directory\)"),
         ("--cache-dir", "{0}/file", "'{0}/file' is not a folder"),
         ("--host", "", "the host is empty"),

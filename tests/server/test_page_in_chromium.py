@@ -128,7 +128,7 @@ def test_a_prompt_makes_a_tier_change(
         page.locator("#timeline canvas").hover(position={"x": 300, "y": 45})
         shows(page, "#timeline .note", "request shout: ")
         with page.expect_download() as download:
-            page.get_by_role("button", name="Save the trace").click()
+            page.get_by_role("link", name="Save the trace").click()
         assert download.value.suggested_filename == "cold-request.json"
         assert '"traceEvents"' in Path(download.value.path()).read_text()
         _picture(page, pytestconfig, "page.png")

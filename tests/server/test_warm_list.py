@@ -1,12 +1,10 @@
 """The warm list: written as adapters come and go, read by the server that comes after."""
 
 import asyncio
-import gc
 import json
 import os
 import threading
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from tiny_sources import is_resident, make_source, over
 from engines.conftest import watched
 from lorax_async.loader import AdapterLoader
 from lorax_async.runtime.placement import Placement
-from lorax_async.server.warm_list import WarmList
+from lorax_async.server.warm_list import keep_warm_list, read_warm_list
 from lorax_async.types import AdapterRef
 
 Patch = pytest.MonkeyPatch
@@ -39,32 +37,37 @@ def named(path: Path) -> list[str]:
     return [row.get("id") or row["path"] for row in rows]
 
 
-async def use(there: AdapterLoader, listed: WarmList, *adapters: Any) -> None:
+def kept(path: Path, there: AdapterLoader, pause: float = 1.0) -> Any:
+    """Keep the list as a server does whose settings name all of it."""
+    return keep_warm_list(path, there, read_warm_list(path), pause)
+
+
+async def use(there: AdapterLoader, record_use: Callable[[Any], None], *adapters: Any) -> None:
     for adapter in adapters:
-        listed.record_use(adapter)
+        record_use(adapter)
         await warm(there, adapter)
 
 
 async def test_it_names_what_is_on_the_device_last_used_first(tmp_path: Path, path: Path) -> None:
     source = make_source(tmp_path, "one", "two", "three")
-    async with over(source, max_slots=2) as there, WarmList(path, there, pause=0) as listed:
-        await use(there, listed, "one", "two")
+    async with over(source, max_slots=2) as there, kept(path, there, pause=0) as record_use:
+        await use(there, record_use, "one", "two")
         await until(lambda: named(path) == ["two", "one"])
-        listed.record_use("one")
+        record_use("one")
         await until(lambda: named(path) == ["one", "two"])
-        await use(there, listed, "three")  # one of the others has left for it
+        await use(there, record_use, "three")  # one of the others has left for it
         await until(lambda: named(path)[0] == "three" and len(named(path)) == 2)
 
 
 async def test_few_names_are_looked_up(tmp_path: Path, path: Path, monkeypatch: Patch) -> None:
     async with (
         over(make_source(tmp_path, "one")) as there,
-        WarmList(path, there, pause=0) as listed,
+        kept(path, there, pause=0) as record_use,
     ):
         await warm(there, "one")
         for number in range(500):
-            listed.record_use(f"another/{number}")
-        listed.record_use("one")
+            record_use(f"another/{number}")
+        record_use("one")
         looks = watched(monkeypatch, Placement, "key")
         await until(lambda: named(path) == ["one"])
     assert {look.args[1] for look in looks} == {AdapterRef("one")}
@@ -77,21 +80,19 @@ async def test_the_next_server_brings_them_back(tmp_path: Path, path: Path, kind
     folder = (tmp_path / "one").rename(tmp_path / os.fsdecode(b"\xff")) if kind == "path" else None
     ref: Any = {"id": "one", "path": folder}.get(kind, AdapterRef("one", use_token=True))
     server = loader if kind == "path" else partial(over, source)
-    async with server() as there, WarmList(path, there) as listed:
-        await use(there, listed, ref)
-    async with server() as there, WarmList(path, there) as listed:
+    async with server() as there, kept(path, there) as record_use:
+        await use(there, record_use, ref)
+    async with server() as there, kept(path, there) as record_use:
         (row,) = json.loads(path.read_text())["adapters"]
         assert row.get("use_token", False) is (kind == "operator's")
-        assert listed.restored is not None
-        await listed.restored
-        assert is_resident(there, ref)
+        await until(lambda: is_resident(there, ref))
         assert len(there.placement().adapters) == 1
     assert json.loads(path.read_text())["adapters"] == [row]
 
 
 async def test_tokens_are_not_written(tmp_path: Path, path: Path) -> None:
-    async with over(make_source(tmp_path, "one")) as there, WarmList(path, there) as listed:
-        await use(there, listed, AdapterRef("one", token="SECRET"))
+    async with over(make_source(tmp_path, "one")) as there, kept(path, there) as record_use:
+        await use(there, record_use, AdapterRef("one", token="SECRET"))
     assert named(path) == []
 
 
@@ -102,19 +103,18 @@ async def test_an_adapter_still_coming_stays_named(tmp_path: Path, path: Path, c
     source = make_source(tmp_path, "one")
     source.hold("one")
     async with over(source) as there:
-        async with WarmList(path, there, pause=0) as listed:
-            listed.record_use("elsewhere/other")
+        async with kept(path, there, pause=0) as record_use:
+            record_use("elsewhere/other")
             await until(lambda: path.read_text().startswith("{\n"))  # it was written anew
             assert named(path) == ["one"]
-            restored = listed.restored
-            assert restored is not None
             if comes:
                 source.allow("one")
-                await restored
+                await until(lambda: is_resident(there, "one"))
                 await there.unload("one")
                 await until(lambda: named(path) == [])
-        await until(lambda: restored.done)
         source.allow("one")
+        await until(lambda: not there.placement().usage.waiting)
+        assert not there.placement().adapters or comes
     assert named(path) == ([] if comes else ["one"])
 
 
@@ -153,14 +153,14 @@ def disk(path: Path, monkeypatch: Patch) -> Iterator[Disk]:
 
 async def test_changes_during_a_write_are_written(tmp_path: Path, path: Path, disk: Disk) -> None:
     source = make_source(tmp_path, "one", "two")
-    async with over(source) as there, WarmList(path, there, pause=0) as listed:
-        await use(there, listed, "two", "one")
+    async with over(source) as there, kept(path, there, pause=0) as record_use:
+        await use(there, record_use, "two", "one")
         await until(lambda: named(path) == ["one", "two"])
         disk.free.clear()
         before = disk.begun
-        listed.record_use("two")
+        record_use("two")
         await until(lambda: disk.begun > before)
-        listed.record_use("one")
+        record_use("one")
         await asyncio.sleep(0)
         disk.free.set()
         await until(lambda: disk.begun > before + 1)
@@ -169,32 +169,49 @@ async def test_changes_during_a_write_are_written(tmp_path: Path, path: Path, di
 
 async def test_leaving_waits_for_what_is_written(tmp_path: Path, path: Path, disk: Disk) -> None:
     async with over(make_source(tmp_path, "one")) as there:
-        listed = await WarmList(path, there, pause=0).__aenter__()
+        keeping = kept(path, there, pause=0)
+        record_use = await keeping.__aenter__()
         disk.free.clear()
-        await use(there, listed, "one")
+        await use(there, record_use, "one")
         await until(lambda: disk.begun > disk.ended)
-        first, second = (asyncio.create_task(listed.__aexit__(None, None, None)) for _ in range(2))
-        await asyncio.sleep(0)
-        first.cancel()
-        await asyncio.wait([first])
-        assert first.cancelled()
-        assert not second.done()
+        leaving = asyncio.create_task(keeping.__aexit__(None, None, None))
+        await asyncio.sleep(0.05)
+        assert not leaving.done()
         disk.free.set()
-        await second
+        await leaving
         assert disk.begun == disk.ended
         assert named(path) == ["one"]
-        left = weakref.ref(listed)
-        del listed, first, second
-        gc.collect()
-        assert left() is None, "the loader tells it no more"
+        path.unlink()
+        await there.unload("one")
+        await asyncio.sleep(0.05)
+        assert not path.exists(), "the loader tells it no more"
+
+
+async def test_leaving_is_cancelled_but_not_a_write(tmp_path: Path, path: Path, disk: Disk) -> None:
+    async with over(make_source(tmp_path, "one")) as there:
+        keeping = kept(path, there, pause=0)
+        record_use = await keeping.__aenter__()
+        disk.free.clear()
+        await use(there, record_use, "one")
+        await until(lambda: disk.begun > disk.ended)
+        leaving = asyncio.create_task(keeping.__aexit__(None, None, None))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        assert leaving.cancelled()
+        (task,) = (each for each in asyncio.all_tasks() if each.get_name() == "lorax warm list")
+        disk.free.set()
+        await task
+        assert disk.begun == disk.ended
+        assert named(path) == ["one"]
 
 
 async def test_one_write_a_pause_and_one_at_the_end(tmp_path: Path, path: Path, disk: Disk) -> None:
     async with over(make_source(tmp_path, "one", "two")) as there:
-        async with WarmList(path, there, pause=1e6) as listed:
-            listed.record_use("one")
+        async with kept(path, there, pause=1e6) as record_use:
+            record_use("one")
             await until(lambda: disk.ended)
-            await use(there, listed, "one", "two")
+            await use(there, record_use, "one", "two")
             assert disk.begun == 1
         assert (disk.begun, named(path)) == (2, ["two", "one"])
 
@@ -214,7 +231,7 @@ async def test_the_file_is_whole_on_disk_before_its_name(path: Path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", named_so)
-    async with loader() as there, WarmList(path, there):
+    async with loader() as there, kept(path, there):
         pass
     assert steps == [path.read_bytes()] * 2
 
@@ -224,12 +241,12 @@ async def test_a_file_that_cannot_be_written_is_told_of_and_nothing_is_left(
 ) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    async with loader() as there, WarmList(folder / "warm", there):
+    async with loader() as there, kept(folder / "warm", there):
         folder.rmdir()
     assert caplog.text.count("could not be written") == 1
 
     monkeypatch.setattr(os, "replace", Mock(side_effect=OSError("it is read-only")))
-    async with loader() as there, WarmList(path, there):
+    async with loader() as there, kept(path, there):
         pass
     assert caplog.text.count("could not be written") == 2
     assert not list(tmp_path.iterdir())

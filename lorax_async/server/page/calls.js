@@ -7,9 +7,8 @@ export async function ask(path, options = {}) {
   const response = await fetch(path, { ...options, headers });
   if (response.ok) return response;
   const body = await response.json().catch(() => null);
-  throw Object.assign(new Error(body?.error?.message ?? `status ${response.status}`), {
-    status: response.status,
-  });
+  const { status } = response;
+  throw Object.assign(new Error(body?.error?.message ?? `status ${status}`), { status });
 }
 
 export function post(path, body, signal) {
@@ -28,9 +27,10 @@ export async function* eventsOf(response) {
       const parts = (rest + value).split("\n\n");
       rest = parts.pop();
       for (const part of parts) {
-        const data = part.startsWith("data: ") ? part.slice(6) : "";
-        if (data === "[DONE]") return;
-        if (data) yield JSON.parse(data);
+        if (part === "data: [DONE]") return;
+        const event = JSON.parse(part.slice("data: ".length));
+        if (event.error) throw new Error(event.error.message);
+        yield event;
       }
     }
   } finally {

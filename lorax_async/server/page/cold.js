@@ -7,16 +7,12 @@ import { show as showTimeline } from "./timeline.js";
 const NONE_YET = at("cold").textContent;
 let requests = []; // the last one first
 let operator = false; // whose timelines have other names in them
-let drawing = false;
 let drawn = ""; // the request that is shown, as text
-let failed = false; // to draw it: the next event, or another choice, tries again
-let trace = ""; // as it came
 
 export function showCold(cold, isOperator) {
-  requests = cold;
-  operator = isOperator;
+  [requests, operator] = [cold, isOperator];
   const chosen = at("which").value;
-  const options = requests.map((each) => new Option(titleOf(each), idOf(each)));
+  const options = requests.map((each) => new Option(`${each.number}: ${titleOf(each)}`, idOf(each)));
   at("which").replaceChildren(new Option("the last one", ""), ...options);
   at("which").value = options.some((option) => option.value === chosen) ? chosen : "";
   at("choose").hidden = requests.length < 2;
@@ -24,46 +20,35 @@ export function showCold(cold, isOperator) {
 }
 
 const idOf = (request) => `${request.number} ${request.ended}`; // a new server counts anew
-const timeOf = (request) => new Date(request.ended * 1000).toLocaleTimeString();
-const endOf = (request) => `${request.outcome} after ${milliseconds(request.seconds * 1000)}`;
-const titleOf = (request) => `${request.number}: ${request.name}, ${timeOf(request)}, ${endOf(request)}`;
-const chosen = () => requests.find((each) => idOf(each) === at("which").value) ?? requests[0];
 
-async function draw() {
-  if (drawing) return; // one at a time; then what is chosen by then
-  if (failed) drawn = "";
-  drawing = true;
-  for (let wanted; (wanted = JSON.stringify([operator, chosen()])) !== drawn; ) {
-    drawn = wanted;
-    await drawRequest(chosen());
-  }
-  drawing = false;
+function titleOf({ name, ended, outcome, seconds }) {
+  const time = new Date(ended * 1000).toLocaleTimeString();
+  return `${name}, ${time}: ${outcome} after ${milliseconds(seconds * 1000)}`;
 }
 
-async function drawRequest(request) {
-  failed = false;
-  at("timeline").hidden = at("save").hidden = !request;
-  if (!request) {
-    at("cold").textContent = NONE_YET;
-    return;
-  }
+async function draw() {
+  const request = requests.find((each) => idOf(each) === at("which").value) ?? requests[0];
+  const wanted = JSON.stringify([operator, request]);
+  if (wanted === drawn) return;
+  drawn = wanted;
+  at("timeline").hidden = at("save").hidden = true;
+  at("cold").textContent = request ? titleOf(request) : NONE_YET;
+  if (!request) return;
   try {
     const response = await ask(`page/trace.json?number=${request.number}`);
-    trace = await response.text();
-    const part = { from: 0, until: request.seconds * 1000 };
-    const rest = showTimeline(at("timeline"), JSON.parse(trace), part).replace(/^[^;]*; /, "");
-    at("cold").textContent = `${request.name}, ${timeOf(request)}: ${endOf(request)}; ${rest}.`;
+    const trace = await response.blob();
+    const content = JSON.parse(await trace.text());
+    if (wanted !== drawn) return; // another one is
+    at("timeline").hidden = at("save").hidden = false;
+    const rest = showTimeline(at("timeline"), content, { from: 0, until: request.seconds * 1000 });
+    at("cold").textContent += rest.replace(/^[^;]*/, "") + ".";
+    URL.revokeObjectURL(at("save").href);
+    at("save").href = URL.createObjectURL(trace);
   } catch (error) {
-    failed = at("timeline").hidden = at("save").hidden = true;
-    at("cold").textContent = `${request.name}, ${timeOf(request)}: no timeline: ${error.message}`;
+    if (wanted !== drawn) return;
+    drawn = ""; // the next event, or another choice, tries again
+    at("cold").textContent = `${titleOf(request)}; no timeline: ${error.message}`;
   }
 }
 
 at("which").onchange = draw;
-at("save").onclick = () => {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([trace], { type: "application/json" }));
-  link.download = "cold-request.json";
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // some browsers read it later
-};

@@ -2,19 +2,10 @@
 
 export const at = (id) => document.getElementById(id);
 
-export function text(kind, content) {
-  const found = document.createElement("span");
-  found.className = kind;
-  found.textContent = content;
-  return found;
-}
-
-export function button(name, act) {
-  const found = document.createElement("button");
-  found.type = "button";
-  found.textContent = name;
-  found.onclick = act;
-  return found;
+export function element(tag, properties, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
 }
 
 export const milliseconds = (value) => (value < 1000 ? `${value.toFixed(0)} ms` : `${(value / 1000).toFixed(2)} s`);

@@ -13,18 +13,15 @@ let operator = false;
 
 async function watch() {
   watching?.abort();
-  const mine = (watching = new AbortController());
-  while (!mine.signal.aborted) {
+  const { signal } = (watching = new AbortController());
+  while (!signal.aborted) {
     try {
-      const response = await ask("page/events", { signal: mine.signal });
+      const response = await ask("page/events", { signal });
       at("link").textContent = "live";
-      for await (const changes of eventsOf(response)) {
-        if (changes.error) throw new Error(changes.error.message);
-        show(changes);
-      }
+      for await (const changes of eventsOf(response)) show(changes);
       at("link").textContent = "the server has ended this; asking again";
     } catch (error) {
-      if (mine.signal.aborted) return;
+      if (signal.aborted) return;
       at("link").textContent = `not connected: ${error.message}`;
       // Watch without the key then; the browser itself refuses one with odd characters.
       if (error.status === 401 || error.status === 403 || /[^!-~]/.test(key.text)) key.text = "";
@@ -34,10 +31,10 @@ async function watch() {
 }
 
 function show(changes) {
-  if (changes.operator !== undefined) operator = changes.operator;
   if (changes.base !== undefined) {
+    operator = changes.operator;
     at("base").textContent = changes.base;
-    if (!at("model").value) at("model").value = changes.base;
+    at("model").value ||= changes.base;
     if (operator) at("link").textContent = "live, all adapters";
     at("operator").hidden = !operator;
   }

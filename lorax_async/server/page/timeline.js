@@ -11,57 +11,42 @@ const ROW = 14; // the title above the lanes of a row,
 const TOP = 22; // the axis
 const MOST_LANES = 400; // no browser takes a higher canvas
 const SAME = 5e-7; // milliseconds: times are whole nanoseconds, rounded
-const GREYS = {
-  requests: "#6b7a90", files: "#8d99ab", connections: "#a3aab5", layers: "#cfd6e0", compute: "#b9c2cf",
-};
 
 // -- layout: no DOM ------------------------------------------------------------------------------
 
 /** Lanes of boxes, in milliseconds, of the spans that touch the given part. */
 export function layout(trace, from, until) {
-  const events = Array.isArray(trace) ? trace : (trace.traceEvents ?? []);
-  const names = new Map();
-  for (const { ph, name, pid = null, tid = null, args } of events) {
-    if (ph !== "M" || !args) continue;
-    const process = String(name).startsWith("process");
-    names.set(JSON.stringify([name, pid, process ? null : tid]), Object.values(args)[0]);
+  const events = trace.traceEvents ?? trace;
+  const rows = new Map(); // by process; in each its lanes by thread: as the trace mentions them
+  const find = (map, key, made) => map.get(key) ?? map.set(key, made).get(key);
+  const rowOf = ({ pid = null }, key = JSON.stringify(pid)) =>
+    find(rows, key, { title: `process ${key}`, threads: new Map() });
+  const threadOf = ({ tid = null, ...rest }, key = JSON.stringify(tid)) =>
+    find(rowOf(rest).threads, key, { title: `thread ${key}`, spans: [] });
+  for (const event of events) {
+    if (event.ph !== "M" || !event.args?.name) continue;
+    if (event.name === "process_name") rowOf(event).title = String(event.args.name);
+    if (event.name === "thread_name") threadOf(event).title = String(event.args.name);
   }
-  const places = new Map();
   for (const span of spansOf(events)) {
-    const { ts, dur, pid = null, tid = null } = span;
-    if (!Number.isFinite(ts) || !(dur >= 0)) continue; // of a foreign trace
-    if ((ts + dur) / 1e3 < (from ?? -Infinity) || ts / 1e3 > (until ?? Infinity)) continue;
-    const key = JSON.stringify([pid, tid]);
-    if (!places.has(key)) places.set(key, { pid, tid, spans: [] });
-    places.get(key).spans.push(span);
+    const [start, stop] = [span.ts / 1e3, (span.ts + span.dur) / 1e3];
+    if (!Number.isFinite(span.ts) || !(span.dur >= 0)) continue; // of a foreign trace
+    if (stop >= (from ?? -Infinity) && start <= (until ?? Infinity)) threadOf(span).spans.push(span);
   }
-  const of = (what, pid, tid) => names.get(JSON.stringify([what, pid, tid]));
-  const order = ({ pid, tid }) => [
-    number(of("process_sort_index", pid, null)), String(pid),
-    number(of("thread_sort_index", pid, tid)), String(tid),
-  ];
-  const lanes = [...places.values()]
-    .map((place) => ({ ...place, order: order(place) }))
-    .sort((a, b) => compare(a.order, b.order))
-    .flatMap(({ pid, tid, spans }) => {
-      const row = String(of("process_name", pid, null) ?? `process ${pid}`);
-      const title = String(of("thread_name", pid, tid) ?? `thread ${tid}`);
-      return lanesOf(spans).map((boxes, n) => ({ row, title: n ? `${title} (${n + 1})` : title, boxes }));
-    });
-  const found = { lanes, start: from, stop: until, first: Infinity, last: -Infinity };
-  let [least, most] = [Infinity, -Infinity];
-  for (const box of lanes.flatMap((lane) => lane.boxes)) {
-    least = Math.min(least, box.start);
-    most = Math.max(most, box.stop);
-    if (box.layer === null) continue;
-    found.first = Math.min(found.first, box.layer);
-    found.last = Math.max(found.last, box.layer);
-  }
-  found.start ??= lanes.length ? least : 0;
-  found.stop ??= lanes.length ? most : 0;
-  found.dropped = number(trace.otherData?.dropped);
-  return found;
+  const lanes = [...rows.values()].flatMap(({ title: row, threads }) =>
+    [...threads.values()].flatMap(({ title, spans }) =>
+      lanesOf(spans).map((boxes, n) => ({ row, title: n ? `${title} (${n + 1})` : title, boxes })),
+    ),
+  );
+  const boxes = lanes.flatMap((lane) => lane.boxes);
+  const [start, stop] = boxes.length ? extent(boxes.flatMap((box) => [box.start, box.stop])) : [0, 0];
+  const [first, last] = extent(boxes.filter((box) => box.layer !== null).map((box) => box.layer));
+  const dropped = Number.isFinite(trace.otherData?.dropped) ? trace.otherData.dropped : 0;
+  return { lanes, start: from ?? start, stop: until ?? stop, first, last, dropped };
 }
+
+const extent = (values) =>
+  values.reduce(([least, most], value) => [Math.min(least, value), Math.max(most, value)], [Infinity, -Infinity]);
 
 /** Complete events, and the pairs of asynchronous ones. Those of one `nest` may lie in each other. */
 function* spansOf(events) {
@@ -96,12 +81,6 @@ function lanesOf(spans) {
   return lanes.map(({ boxes }) => boxes);
 }
 
-function compare(a, b) {
-  const at = a.findIndex((value, n) => value !== b[n]);
-  return at < 0 ? 0 : a[at] < b[at] ? -1 : 1;
-}
-
-const number = (value) => (Number.isFinite(value) ? value : 0);
 const fixed = (value, digits = 1) =>
   value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 
@@ -138,14 +117,9 @@ export function marks(start, stop, most = 10) {
   const least = Math.max(stop - start, 1e-6) / most;
   const power = 10 ** Math.floor(Math.log10(least));
   const step = [1, 2, 5, 10, 20].map((digit) => digit * power).find((each) => each > least);
-  const found = [];
-  const first = Math.ceil(start / step); // so large that first + 1 === first, in a foreign trace
-  for (let n = 0; n <= 2 * most; n++) {
-    const at = (first + n) * step;
-    if (at > stop + 1e-9) break;
-    if (at !== found.at(-1)) found.push(at);
-  }
-  return found;
+  const first = Math.ceil(start / step);
+  const count = Math.min(Math.floor((stop + 1e-9) / step) - first + 1, 2 * most);
+  return Array.from({ length: Math.max(0, count) }, (_, n) => (first + n) * step);
 }
 
 /** A tenth of a microsecond, or what a number of this size can still tell apart. */
@@ -153,8 +127,7 @@ const shortestView = ([, most]) => Math.max(1e-4, Math.abs(most) * 2 ** -40);
 
 /** The view [start, stop] scaled around a millisecond, inside of its bounds. */
 export function zoomed([start, stop], bounds, factor, at) {
-  const shortest = shortestView(bounds);
-  const length = Math.max((stop - start) * factor, shortest);
+  const length = Math.max((stop - start) * factor, shortestView(bounds));
   return inside(at - ((at - start) / (stop - start)) * length, length, bounds);
 }
 
@@ -167,9 +140,9 @@ function inside(start, length, [least, most]) {
   return [from, from + length];
 }
 
-function colour(box, row, { first, last }) {
+function colour(box, { first, last }) {
   if (box.waits) return "#f1c9c9";
-  if (box.layer === null) return box.name === "connect" ? "#c9b8e8" : (GREYS[row] ?? "#9aa5b4");
+  if (box.layer === null) return "#a3aab5";
   const place = (box.layer - first) / Math.max(1, last - first);
   // Lightness differs too, for those who cannot tell hues apart.
   return `hsl(${360 * (0.62 - 0.57 * place)} 62% ${100 * (0.42 + 0.16 * place)}%)`;
@@ -187,19 +160,14 @@ function details(boxes) {
 
 // -- the canvas ----------------------------------------------------------------------------------
 
-const shown = new WeakMap(); // what ends the timeline that a place shows now
+let scheme; // light or dark; one timeline is shown at a time
 
 /** Draw a trace into an element, in place of what is there. Returns its summary. */
 export function show(place, trace, { from, until } = {}) {
-  shown.get(place)?.abort();
-  const ended = new AbortController();
-  shown.set(place, ended);
   const drawing = layout(trace, from, until);
   const text = summary(drawing);
   const [bar, canvas, note, legend] = ["div", "canvas", "p", "p"].map((tag) => document.createElement(tag));
-  canvas.tabIndex = 0;
-  canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", `timeline: ${text}`);
+  Object.assign(canvas, { tabIndex: 0, role: "img", ariaLabel: `timeline: ${text}` });
   Object.assign(canvas.style, { display: "block", width: "100%", touchAction: "pan-y" });
   Object.assign(note.style, { minHeight: "2.8em", overflowWrap: "anywhere" });
   note.className = "note";
@@ -207,21 +175,16 @@ export function show(place, trace, { from, until } = {}) {
   legend.textContent = LEGEND;
   place.replaceChildren(bar, canvas, note, legend);
   const view = new View(canvas, drawing, (boxes) => (note.textContent = boxes.length ? details(boxes) : KEYS));
-  for (const [name, text, act] of view.buttons()) {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = text;
-    button.setAttribute("aria-label", name);
-    button.onclick = act;
-    bar.append(button);
+  for (const [ariaLabel, textContent, onclick] of view.buttons()) {
+    bar.append(Object.assign(document.createElement("button"), { ariaLabel, textContent, onclick }));
   }
-  view.listen(ended.signal);
+  view.listen();
   return text;
 }
 
 class View {
   constructor(canvas, drawing, tell) {
-    Object.assign(this, { canvas, drawing, tell, pointers: new Map(), frame: 0 });
+    Object.assign(this, { canvas, drawing, tell, dragged: 0, frame: 0 });
     const least = Math.max(1e-3, shortestView([0, drawing.stop]));
     this.bounds = [drawing.start, Math.max(drawing.stop, drawing.start + least)];
     this.part = this.bounds;
@@ -250,19 +213,15 @@ class View {
     ];
   }
 
-  listen(signal) {
-    const { canvas } = this;
-    const on = (type, act) => canvas.addEventListener(type, act.bind(this), { signal, passive: false });
-    on("wheel", this.wheel);
-    on("keydown", this.key);
-    on("pointerdown", this.press);
-    on("pointermove", this.move);
-    for (const type of ["pointerup", "pointercancel"]) on(type, (event) => this.pointers.delete(event.pointerId));
-    on("pointerleave", (event) => event.pointerType === "mouse" && this.tell([]));
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.redraw(), { signal });
-    const observer = new ResizeObserver(() => this.redraw());
-    observer.observe(canvas);
-    signal.addEventListener("abort", () => observer.disconnect());
+  listen() {
+    this.canvas.onwheel = (event) => this.wheel(event);
+    this.canvas.onkeydown = (event) => this.key(event);
+    this.canvas.onpointerdown = (event) => this.press(event);
+    this.canvas.onpointermove = (event) => this.move(event);
+    this.canvas.onpointerleave = (event) => event.pointerType === "mouse" && this.tell([]);
+    scheme ??= matchMedia("(prefers-color-scheme: dark)");
+    scheme.onchange = () => this.redraw();
+    new ResizeObserver(() => this.redraw()).observe(this.canvas);
   }
 
   go(part) {
@@ -277,9 +236,7 @@ class View {
   wheel(event) {
     if (event.deltaY > 0 && this.part === this.bounds) return; // let the page scroll
     event.preventDefault();
-    const sideways = event.shiftKey ? event.deltaY : event.deltaX;
-    if (Math.abs(sideways) >= Math.abs(event.deltaY)) this.go(moved(this.part, this.bounds, this.ms(sideways)));
-    else this.zoom(Math.exp(event.deltaY / 400), this.at(event.offsetX));
+    this.zoom(Math.exp(event.deltaY / 400), this.at(event.offsetX));
   }
 
   key(event) {
@@ -297,20 +254,16 @@ class View {
   }
 
   press(event) {
-    this.pointers.set(event.pointerId, event.offsetX);
+    this.dragged = event.offsetX;
     this.canvas.setPointerCapture(event.pointerId);
     this.tell(this.hit(event.offsetX, event.offsetY));
   }
 
   move(event) {
-    const { pointers } = this;
-    const before = pointers.get(event.pointerId);
-    if (before === undefined) return this.tell(this.hit(event.offsetX, event.offsetY));
-    pointers.set(event.pointerId, event.offsetX);
-    if (pointers.size === 1) return this.go(moved(this.part, this.bounds, this.ms(before - event.offsetX)));
-    const other = [...pointers].find(([id]) => id !== event.pointerId)[1];
-    const [old, now] = [before - other, event.offsetX - other].map((x) => Math.max(Math.abs(x), 8));
-    this.zoom(old / now, this.at(other));
+    if (!event.isPrimary) return;
+    if (!event.buttons) return this.tell(this.hit(event.offsetX, event.offsetY));
+    this.go(moved(this.part, this.bounds, this.ms(this.dragged - event.offsetX)));
+    this.dragged = event.offsetX;
   }
 
   get left() {
@@ -340,7 +293,7 @@ class View {
     const at = this.at(x);
     const slack = this.ms(2);
     const touched = lane?.boxes.filter((box) => box.start - slack <= at && at <= box.stop + slack) ?? [];
-    return [...new Map(touched.map((box) => [box.depth, box])).values()].sort((a, b) => a.depth - b.depth);
+    return [...new Map(touched.map((box) => [box.depth, box])).values()];
   }
 
   redraw() {
@@ -383,15 +336,12 @@ class View {
     pen.globalAlpha = 0.06;
     pen.fillRect(this.left, top, this.wide, LANE - 2);
     pen.globalAlpha = 1;
-    const last = [-1, -1, -1]; // by depth: the pixel that a narrow box has already
     for (const box of lane.boxes) {
       if (box.stop < this.part[0] || box.start > this.part[1]) continue;
       const depth = Math.min(box.depth, 2);
       const x = this.x(box.start);
       const width = this.x(box.stop) - x;
-      if (width < 1 && last[depth] === Math.floor(x)) continue;
-      last[depth] = width < 1 ? Math.floor(x) : -1;
-      pen.fillStyle = colour(box, lane.row, this.drawing);
+      pen.fillStyle = colour(box, this.drawing);
       // A gap of half a pixel keeps neighbours apart.
       pen.fillRect(x, top + 2.5 * depth, Math.max(1.2, width - 0.5), LANE - 2 - 5 * depth);
       this.drawName(pen, box, x, width, top);

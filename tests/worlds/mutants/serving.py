@@ -72,6 +72,6 @@ SERVING: Mutants = {
         f"{WARM}::test_the_file_is_whole_on_disk_before_its_name",
         (warm_list, "_replace", Path.write_bytes)),
     "warm list: leaving waits for what is written": mutant(
-        f"{WARM}::test_leaving_waits_for_what_is_written",
+        f"{WARM}::test_leaving_is_cancelled_but_not_a_write",
         seen_by(warm_list, "asyncio", shield=same)),
 }  # fmt: skip
