@@ -23,8 +23,8 @@ from lorax_async.config import MiB
 from work_files import CONFIG, WEIGHTS, write_adapter
 
 STALLS = 24
-BEGUN_SECONDS = 0.4
-"""From when the others begin to when the timed load does: stalls are known by then, or not yet."""
+PREFETCHED_SECONDS, STALLED_SECONDS = 0.4, 2.0
+"""From when the others begin to when the timed load does; by then it is known that they stall."""
 
 WARM, TIMED, OTHER = "warm", "timed", "other"
 
@@ -73,7 +73,8 @@ async def seconds_of(
                     await loader.prefetch([link.url(f"{name}/")])
 
         tasks = [asyncio.create_task(begin(name)) for name in others]
-        await asyncio.sleep(BEGUN_SECONDS if others else 0)
+        if others:
+            await asyncio.sleep(STALLED_SECONDS if stalled else PREFETCHED_SECONDS)
         start = perf_counter()
         (await loader.load(link.url(f"{TIMED}/"))).release()
         seconds = perf_counter() - start

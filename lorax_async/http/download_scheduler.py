@@ -215,7 +215,7 @@ class Job(ABC, Generic[T]):
         self.announced = 0
         self.hands_over = False
         self.is_silent = False
-        """Whether its attempts have brought nothing for a while, from when that was seen."""
+        """Whether its attempts brought nothing for a while, until bytes flow again."""
 
         self.not_before = 0.0
         self.received = 0
@@ -323,11 +323,15 @@ class Job(ABC, Generic[T]):
 
 @dataclass(slots=True)
 class _Observation:
-    """The last look at an attempt: its origin, bytes received, and since when."""
+    """The last look at an attempt: its origin, bytes received, and since when.
+
+    `looks` counts those that saw new bytes.
+    """
 
     origin: Hashable
     received: int
     since: float
+    looks: int = 0
 
 
 @dataclass(slots=True)
@@ -379,6 +383,7 @@ class OriginActivity:
         elif received != last.received:
             self._record_bytes(last, now, received - last.received)
             last.received, last.since = received, now
+            last.looks += 1
         return self._attempts[attempt].since
 
     def ended(self, attempt: Attempt, failure: Exception | None, *, answered: bool) -> None:
@@ -407,6 +412,10 @@ class OriginActivity:
     def patience(self, attempt: Attempt) -> float:
         """Return after how many seconds without a byte an observed attempt counts as silent."""
         return self._origins[self._attempts[attempt].origin].patience
+
+    def is_flowing(self, attempt: Attempt) -> bool:
+        """Whether bytes came at different times: the first ones may be all that come."""
+        return self._attempts[attempt].looks > 1
 
     def is_stalled(self, origin: Hashable) -> bool:
         """Whether the origin owes an answer for too long, or did a moment ago."""
@@ -585,7 +594,7 @@ class DownloadScheduler:
             if job.running:
                 job.is_silent = all(
                     now - since[attempt] >= self.activity.patience(attempt)
-                    or (job.is_silent and not attempt.received)  # until it hears something
+                    or (job.is_silent and not self.activity.is_flowing(attempt))
                     for attempt in job.running
                 )
         parts, running = self._shares(now), _running(self.jobs)

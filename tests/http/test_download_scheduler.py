@@ -233,6 +233,32 @@ def test_downloads_that_stall_give_way_to_another_of_their_origin() -> None:
     assert sum(world.counts(*stalled)) == 4
 
 
+def test_downloads_that_stall_after_their_first_bytes_stay_silent() -> None:
+    """Each new attempt brings a thousand bytes, and nothing more."""
+    world = World()
+    stalled = [world.job(99) for _ in range(8)]
+    healthy: list[Pieces] = []
+    brought = set[Attempt]()
+    for twentieths in range(1, 80):
+        if twentieths == 40:
+            healthy.append(world.job(9))
+        world.begin()
+        for job in healthy:
+            bring(job, ANSWER)
+        for job in stalled:
+            for attempt in set(job.running) - brought:
+                connection = unopened()
+                attempt.use(connection)
+                connection.received += 1_000
+                brought.add(attempt)
+        world.look(twentieths / 20)
+        for job in stalled:
+            for attempt in [each for each in job.running if each.ended]:
+                job.leave(attempt, None)
+        if twentieths > 41:
+            assert len(healthy[0].running) == 3
+
+
 def test_a_slow_answer_is_waited_for_though_others_of_its_origin_never_come() -> None:
     """The silent ones have the one connection by turns, beside one that uses all the others."""
     world = World()
