@@ -7,6 +7,7 @@ kernel's shaper is one of them, with real TCP; where that is not permitted, it s
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import statistics
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from shutil import rmtree, which
 from time import perf_counter
@@ -82,8 +84,26 @@ def shaped(mbit: int) -> Iterator[None]:
             subprocess.run(["tc", "qdisc", "del", "dev", "lo", "root"], check=True)
 
 
-def request_parts(port: int, nbytes: int, connections: int) -> float:
-    """Return the seconds that so many plain requests take for equal parts of the weights."""
+def layer_spans(weights: Path) -> list[list[tuple[int, int]]]:
+    """Return where each layer's tensors are in the file."""
+    content = weights.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    spans: list[list[tuple[int, int]]] = [[] for _ in range(LAYERS)]
+    for name, tensor in json.loads(content[8:begin]).items():
+        if name != "__metadata__":
+            start, stop = tensor["data_offsets"]
+            layer = int(name.partition(".layers.")[2].partition(".")[0])
+            spans[layer].append((begin + start, begin + stop))
+    return spans
+
+
+def request_parts(port: int, weights: Path, connections: int) -> tuple[float, list[float]]:
+    """Request the weights in so many equal parts at once.
+
+    Return the seconds, and the share of them after which each layer was there.
+    """
+    nbytes = weights.stat().st_size
+    came: list[list[tuple[int, float]]] = [[] for _ in range(connections)]
 
     def request(number: int) -> None:
         first, stop = (nbytes * n // connections for n in (number, number + 1))
@@ -93,13 +113,23 @@ def request_parts(port: int, nbytes: int, connections: int) -> float:
             with server.makefile("rb") as answer:
                 while answer.readline().strip():
                     pass
-                while (got := len(answer.read(min(MiB, stop - first)))) and first < stop:
+                while first < stop and (got := len(answer.read1(min(MiB, stop - first)))):
                     first += got
+                    came[number].append((first, perf_counter() - start))
 
     start = perf_counter()
     with ThreadPoolExecutor(connections) as threads:
         list(threads.map(request, range(connections)))
-    return perf_counter() - start
+    total = perf_counter() - start
+
+    def arrival(start: int, stop: int) -> float:
+        parts = range(start * connections // nbytes, (stop * connections - 1) // nbytes + 1)
+        return max(
+            next(at for until, at in came[n] if until >= min(stop, came[n][-1][0])) for n in parts
+        )
+
+    layers = [max(arrival(*span) for span in spans) / total for spans in layer_spans(weights)]
+    return total, layers
 
 
 async def load(link: Link, folder: Path, cache: Path, given: Options) -> tuple[float, list[float]]:
@@ -131,23 +161,27 @@ async def load(link: Link, folder: Path, cache: Path, given: Options) -> tuple[f
 def measure(name: str, row: Row, work: Path, given: Options) -> dict[str, object]:
     dtype = torch.bfloat16
     folder = write_adapter(work / name, rank=16, dtype=dtype, seed=1, divisor=row.divisor).path
-    nbytes = (folder / WEIGHTS).stat().st_size
+    weights = folder / WEIGHTS
     files = {f"a/{file}": folder / file for file in (CONFIG, WEIGHTS)}
     fixed: dict[int, list[float]] = {connections: [] for connections in FIXED}
+    fixed_layers: dict[int, list[list[float]]] = {connections: [] for connections in FIXED}
     totals, layers, requests = [], [], []
     with shaped(row.shaper):
         for _ in range(given.rounds):
             with Link(files, rate=row.rate, delay=row.delay, shared=row.shared) as link:
                 for connections in FIXED:
-                    fixed[connections].append(request_parts(link.port, nbytes, connections))
+                    total, at = request_parts(link.port, weights, connections)
+                    fixed[connections].append(total)
+                    fixed_layers[connections].append(at)
                 link.counts(reset=True)
                 total, at = asyncio.run(load(link, folder, work / "cache", given))
                 requests.append(link.counts()["requests"])
             totals.append(total)
             layers.append([seconds / total for seconds in at])
+    nbytes = weights.stat().st_size
     rmtree(folder)
     best = min(map(statistics.median, fixed.values()))
-    arrivals = [statistics.median(column) for column in zip(*layers, strict=True)]
+    arrivals = medians(layers)
     return {
         "row": name,
         "bytes": nbytes,
@@ -156,9 +190,35 @@ def measure(name: str, row: Row, work: Path, given: Options) -> dict[str, object
         "fixed_s": fixed,
         "of_best": statistics.median(totals) / best,
         "arrivals": arrivals,
+        "fixed_arrivals": {number: medians(seen) for number, seen in fixed_layers.items()},
         "late": max(arrivals[round(part * LAYERS) - 1] - part for part in PARTS),
         "requests": statistics.median(requests),
     }
+
+
+def medians(rounds: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+
+
+def draw(path: Path, lines: Sequence[dict[str, object]]) -> None:
+    """How many of the first layers are there, beside 1 and 16 plain requests of equal parts."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(lines), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(lines), squeeze=False, sharey=True)[0]
+    for panel, line in zip(panels, lines, strict=True):
+        fixed = line["fixed_arrivals"]
+        assert isinstance(fixed, dict)
+        ours = line["arrivals"]
+        assert isinstance(ours, list)
+        shown = {"lorax_async": ours, "one plain request": fixed[1], "16 at once": fixed[16]}
+        for (name, arrivals), style in zip(shown.items(), ("-", "--", ":"), strict=True):
+            in_order = [0.0, *accumulate(arrivals, max)]
+            panel.step(in_order, range(LAYERS + 1), style, where="post", label=name)
+        panel.set(xlim=(0, 1.02), xlabel="share of the load", title=line["row"])
+        panel.legend()
+    panels[0].set_ylabel("first layers that are there")
+    figure.savefig(path)
 
 
 def print_rows(lines: Sequence[dict[str, object]]) -> None:
@@ -200,7 +260,7 @@ def enter_namespace() -> None:
 
 def main() -> int:
     about = __doc__ or ""
-    given = options("bench_layer_order", about, rounds=5, rows=tuple(ROWS), plots=False)
+    given = options("bench_layer_order", about, rounds=5, rows=tuple(ROWS))
     if any(ROWS[name].shaper for name in given.only):
         enter_namespace()
     print_environment(given)
@@ -210,6 +270,8 @@ def main() -> int:
         lines = [measure(name, ROWS[name], Path(work), given) for name in names]
     print_rows(lines)
     write_json(given, lines)
+    if given.plot is not None:
+        draw(given.plot, lines)
     return 0
 
 
