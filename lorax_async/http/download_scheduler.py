@@ -153,7 +153,9 @@ _PROGRESS_BYTES = 1 << 20
 
 _QUIET_SECONDS = 0.25
 _MAX_QUIET_SECONDS = 4.0
-"""An origin that sends nothing for this long is stalled, unless it paused for longer before."""
+"""An origin that sends nothing for this long is stalled, and a download that receives nothing is
+silent, unless the origin paused for longer before.
+"""
 
 _SUSPECT_SECONDS = 2.0
 _PAUSE_DECAY = 0.9

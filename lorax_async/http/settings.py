@@ -79,7 +79,8 @@ class Timeouts:
         How long a connection is kept for the next request.
     stuck
         After this long without a byte, a connection of a download that has more than its share is
-        ended, if another download at the same origin has less. For another origin's sake it is
+        ended, if another download at the same origin has less; at once if the whole download is
+        silent (`download_scheduler.py` says from when on). For another origin's sake it is
         ended at once: docs/http.md has the rules.
     """
 

@@ -128,7 +128,7 @@ STATUSES: Mapping[int | str, str] = {
     422: "The adapter is refused: damaged, of a kind that is not applied, or for another base",
     429: "No room; Retry-After says when to try again",
     502: "The source failed, or sent other bytes than it promised",
-    503: "The server is closing",
+    503: "It is closing, or the adapter was saved or evicted meanwhile; Retry-After says when",
     504: "The source took too long",
     "default": "Another error",
 }
