@@ -22,7 +22,7 @@ from time import perf_counter
 import torch
 
 from bench_options import Options, options, print_environment, write_json
-from cold_stage import Base, Decoding
+from cold_stage import CONNECTIONS, Base, Decoding
 from harness import SEED, WrongBytesError, run_on
 from link import Link
 from lorax_async.engines.transformers import AttachedModel
@@ -31,8 +31,15 @@ from lorax_async.loader import AdapterLoader
 from times import Line, Times, print_lines, verdict
 
 TOKENS = 224
-FIRST_TOKEN = 1.05
-PARTS = {f"transfer ÷ prefill {part:g}": part for part in (0.5, 1.0, 2.0)}
+FIRST_TOKEN, ON_SHARED_LINK = 1.05, 1.10
+SHARED_CONNECTIONS = 16
+"""The default."""
+
+PARTS = {
+    f"transfer ÷ prefill {part:g}{', shared link' if shared else ''}": (part, shared)
+    for shared in (False, True)
+    for part in (0.5, 1.0, 2.0)
+}
 TRANSFER, WARM = "transfer alone", "warm"
 STREAMED, SEQUENTIAL = "cold, streamed", "cold, one after the other"
 
@@ -96,20 +103,25 @@ class Bench:
         self._cache = work / "cache"
         self._base = Base(work, ARRIVALS + 1)
 
-    async def first_tokens(self, part: float) -> Times:
+    async def first_tokens(self, part: float, *, shared: bool) -> Times:
         """With a link by which the adapter takes that part of the time of a prefill."""
         times, shuffle = Times(), random.Random(SEED).shuffle
         names, expected = [TRANSFER, WARM, STREAMED, SEQUENTIAL], list[torch.Tensor]()
-        with self._base.link(self._base.nbytes / (part * self._prefill_seconds())) as link:
+        rate = self._base.nbytes / (part * self._prefill_seconds())
+        with self._base.link(rate, shared=shared) as link:
             for _ in range(self._options.rounds):
                 shuffle(names)
                 for name in names:
-                    times.add(name, await self._first_token(name, link, expected))
+                    connections = SHARED_CONNECTIONS if shared else CONNECTIONS
+                    times.add(name, await self._first_token(name, link, expected, connections))
         return times
 
-    async def _first_token(self, name: str, link: Link, expected: list[torch.Tensor]) -> float:
+    async def _first_token(
+        self, name: str, link: Link, expected: list[torch.Tensor], connections: int
+    ) -> float:
         base, threads = self._base, self._options.io_threads
-        async with base.served(link, self._cache, io_threads=threads) as (loader, attached):
+        served = base.served(link, self._cache, io_threads=threads, connections=connections)
+        async with served as (loader, attached):
             request = Request(base, loader, attached, base.urls(link)[0], expected)
             run = await request.ready(name)
             start = perf_counter()
@@ -130,7 +142,7 @@ class Bench:
     async def inter_token(self) -> Times:
         times, shuffle = Times(), random.Random(SEED).shuffle
         names = ["arrivals, warm", "arrivals, cold"]
-        with self._base.link(self._base.nbytes / LOAD_SECONDS) as link:
+        with self._base.link(self._base.nbytes / LOAD_SECONDS, shared=False) as link:
             for _ in range(self._options.rounds):
                 shuffle(names)
                 for name in names:
@@ -176,8 +188,9 @@ class Bench:
 
 def first_token_lines(row: str, times: Times) -> list[Line]:
     bound = max(times.median(TRANSFER), times.median(WARM))
+    target = ON_SHARED_LINK if PARTS[row][1] else FIRST_TOKEN
     return [
-        _line(row, name, times, times.median(name) / bound, FIRST_TOKEN, judged=name == STREAMED)
+        _line(row, name, times, times.median(name) / bound, target, judged=name == STREAMED)
         for name in (TRANSFER, WARM, STREAMED, SEQUENTIAL)
     ]
 
@@ -220,8 +233,10 @@ def main() -> int:
         for name in given.only:
 
             async def run(name: str = name) -> Times:
-                part = PARTS.get(name)
-                return await (bench.inter_token() if part is None else bench.first_tokens(part))
+                if name == BESIDE:
+                    return await bench.inter_token()
+                part, shared = PARTS[name]
+                return await bench.first_tokens(part, shared=shared)
 
             times = run_on("uvloop", run)
             made = first_token_lines if name in PARTS else inter_token_lines

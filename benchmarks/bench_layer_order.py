@@ -43,10 +43,11 @@ INSIDE = "LORAX_BENCH_NAMESPACE"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A link, and the adapter that it carries, of 84 MB ÷ `divisor`.
+    """A link, and the adapter that it carries, of 84 MB · `rank` ÷ 16 ÷ `divisor`.
 
     `rate` is bytes per second of each connection, or if `shared` of all. `shaper` is Mbit/s of the
-    kernel's token bucket filter instead, with a burst of 256 KB and a queue that drops nothing.
+    kernel's token bucket filter instead, with a burst of 256 KB, and a `queue` of so many KB: 40 MB
+    drop nothing.
     """
 
     rate: float = 0.0
@@ -54,6 +55,8 @@ class Row:
     divisor: int = 8
     shared: bool = False
     shaper: int = 0
+    queue: int = 40_000
+    rank: int = 16
 
 
 ROWS = {
@@ -68,14 +71,19 @@ ROWS = {
     "tbf 400 Mbit/s, 1 ms": Row(delay=0.001, shaper=400),
     "tbf 400 Mbit/s, 10 ms": Row(delay=0.01, shaper=400),
     "tbf 1 Gbit/s, 10 ms": Row(delay=0.01, divisor=1, shaper=1000),
+    "tbf 1 Gbit/s, 10 ms, 336 MB": Row(delay=0.01, divisor=1, shaper=1000, rank=64),
+    "tbf 4 Gbit/s, 1 ms": Row(delay=0.001, divisor=1, shaper=4000),
+    "tbf 120 Mbit/s, 50 ms": Row(delay=0.05, shaper=120),
+    "tbf 120 Mbit/s, 1 ms, 3 MB": Row(delay=0.001, shaper=120, rank=4),
+    "tbf 120 Mbit/s, 1 ms, short queue": Row(delay=0.001, shaper=120, queue=512),
 }
 
 
 @contextmanager
-def shaped(mbit: int) -> Iterator[None]:
+def shaped(mbit: int, queue: int) -> Iterator[None]:
     """Limit this namespace's loopback."""
     if mbit:
-        limits = f"rate {mbit}mbit burst 256kb limit 40mb"
+        limits = f"rate {mbit}mbit burst 256kb limit {queue}kb"
         subprocess.run(f"tc qdisc replace dev lo root tbf {limits}".split(), check=True)
     try:
         yield
@@ -135,7 +143,7 @@ def request_parts(port: int, weights: Path, connections: int) -> tuple[float, li
 async def load(link: Link, folder: Path, cache: Path, given: Options) -> tuple[float, list[float]]:
     """Return the seconds of a load by a new loader, and when each layer was there."""
     config = LoaderConfig(
-        device_bytes=88 * MiB,
+        device_bytes=352 * MiB,
         max_slots=1,
         host_bytes=0,
         cache_dir=cache,
@@ -160,13 +168,15 @@ async def load(link: Link, folder: Path, cache: Path, given: Options) -> tuple[f
 
 def measure(name: str, row: Row, work: Path, given: Options) -> dict[str, object]:
     dtype = torch.bfloat16
-    folder = write_adapter(work / name, rank=16, dtype=dtype, seed=1, divisor=row.divisor).path
+    folder = write_adapter(
+        work / name, rank=row.rank, dtype=dtype, seed=1, divisor=row.divisor
+    ).path
     weights = folder / WEIGHTS
     files = {f"a/{file}": folder / file for file in (CONFIG, WEIGHTS)}
     fixed: dict[int, list[float]] = {connections: [] for connections in FIXED}
     fixed_layers: dict[int, list[list[float]]] = {connections: [] for connections in FIXED}
     totals, layers, requests = [], [], []
-    with shaped(row.shaper):
+    with shaped(row.shaper, row.queue):
         for _ in range(given.rounds):
             with Link(files, rate=row.rate, delay=row.delay, shared=row.shared) as link:
                 for connections in FIXED:

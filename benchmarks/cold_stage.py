@@ -61,14 +61,18 @@ class Base:
         return folder
 
     @contextmanager
-    def link(self, rate: float) -> Iterator[Link]:
-        """All adapters, each below its folder's name, at so many bytes per second for a load."""
+    def link(self, rate: float, *, shared: bool) -> Iterator[Link]:
+        """All adapters, each below its folder's name, at so many bytes per second for a load.
+
+        The connections share the rate, or else each has its part of it.
+        """
         files = {
             f"{folder.name}/{name}": folder / name
             for folder in self.folders
             for name in (WEIGHTS, CONFIG)
         }
-        with Link(files, rate=rate / CONNECTIONS, delay=0.0) as link:
+        rate = rate if shared else rate / CONNECTIONS
+        with Link(files, rate=rate, delay=0.0, shared=shared) as link:
             yield link
 
     def urls(self, link: Link) -> list[str]:
@@ -76,7 +80,7 @@ class Base:
 
     @asynccontextmanager
     async def served(
-        self, link: Link, cache: Path, *, io_threads: int
+        self, link: Link, cache: Path, *, io_threads: int, connections: int = CONNECTIONS
     ) -> AsyncIterator[tuple[AdapterLoader, AttachedModel]]:
         """By a loader that has never heard of the adapters, with an empty disk cache."""
         shutil.rmtree(cache, ignore_errors=True)
@@ -86,7 +90,7 @@ class Base:
             device_bytes=room * (3 * self.nbytes),
             max_slots=room,
             io_threads=io_threads,
-            connections=CONNECTIONS,
+            connections=connections,
             cache_dir=cache,
             allow=(Allow("http", "127.0.0.1", link.port),),
         )

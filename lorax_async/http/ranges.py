@@ -48,6 +48,9 @@ _ORDER_COST = 0.05
 nothing.
 """
 
+_UNKNOWN_RATE = 10e6
+"""Bytes per second of a connection of which only the delay is known, for that decision."""
+
 _SPLIT_SECONDS = 0.02
 """The least gain of a split: measured rates are inexact."""
 
@@ -122,9 +125,9 @@ class RangePlan:
     def _first_pace(self, link: LinkEstimate, connections: int) -> Pace:
         """Request little until it is known whether connections share a rate, then as much again."""
         number = float(_FIRST_CONNECTIONS)
+        if link.delay > _ORDER_COST * self._total / (link.rate or _UNKNOWN_RATE):
+            return Pace(connections, self._total / connections)
         if link.rate is not None:
-            if link.delay > _ORDER_COST * self._total / link.rate:
-                return Pace(connections, self._total / connections)
             seconds = max(link.delay, _FIRST_SECONDS)
             number = max(number, self._first_bytes / (link.rate * seconds))
         number = max(1, min(connections, int(number)))
