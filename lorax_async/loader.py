@@ -90,8 +90,8 @@ class AdapterLoader:
         for name, double in (("device", device), ("source", source)):
             if isinstance(double, str):
                 raise ConfigError(
-                    f"{name}={double!r}: this is for tests; use LoaderConfig(device=…), and name"
-                    " sources in ids"
+                    f"{name}={double!r}: this takes an object of your own; use"
+                    " LoaderConfig(device=…), and name sources in ids"
                 )
         self.layout = layout
         self.config = _config_or_default(config).resolved(layout.dtype)

@@ -153,6 +153,11 @@ class FileIdentity:
 class AdapterKey:
     """One exact version of an adapter. Equal keys mean equal bytes, which are loaded once.
 
+    `location` is the same for all versions. `files` are those on this machine that a new version
+    changes: ids are resolved again after `revalidate_files` seconds, and loads that fail because
+    they changed are tried once more. Without `files`, what an id means is kept for good, unless
+    it is a `RemoteKey`.
+
     A loader has one layout, shard and dtype, so within it a key also identifies a slot's content.
     """
 

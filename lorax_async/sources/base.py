@@ -62,7 +62,10 @@ class Source(Protocol):
     """
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
-        """Return the key of what `ref` names now, if the caller may have it. Read no bytes."""
+        """Return the key of what `ref` names now, if the caller may have it.
+
+        Read no bytes of config or weights; an index that says where they are may be read.
+        """
 
     async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:
         """Open exactly the bytes of `key`. Raise `IntegrityError` for a file that changed since.
@@ -73,7 +76,7 @@ class Source(Protocol):
     def reopen(self, key: AdapterKey) -> Reader:
         """Return a reader of an adapter whose config and header are known.
 
-        Quick: the first read opens the file, and checks it as `open` does.
+        Quick, on the loop: the first read opens the file, and checks it as `open` does.
         """
 
     async def fetch_groups(
@@ -86,8 +89,9 @@ class Source(Protocol):
         """Make the bytes of every group readable, earlier groups first.
 
         Call `arrived` on the loop with the index of each group whose bytes may be used before the
-        whole file is checked; a later one may come first. Return the verification when all have
-        arrived. End early, with `FetchError`, when `control` ends.
+        whole file is checked; a later one may come first; a source whose bytes are all here may
+        leave it out. Return the verification when all have arrived. End early, with `FetchError`,
+        when `control` ends.
         """
 
     async def digest(self, key: AdapterKey) -> str:

@@ -31,9 +31,12 @@ from lorax_async.concurrency import FetchControl
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.runtime.host_tier import MappedFile, populate
 from lorax_async.sources.base import AdapterFile, Source
+from lorax_async.types import RemoteKey
 
 
 class World(Protocol):
+    """The source, and where it looks for adapters; `tests/sources/test_sources.py` has some."""
+
     source: Source
 
     def put(self, name: str, config: bytes, weights: bytes) -> AdapterRef:
@@ -106,6 +109,8 @@ class SourceConformance:
         third = await resolved(world, weights(2), OTHER_CONFIG)
         assert len({first, second, third}) == 3
         assert first.location == second.location == third.location
+        # Else a loader never resolves the id again, and keeps the first version.
+        assert isinstance(first, RemoteKey) or first.files
         assert await world.source.resolve(world.put("two", CONFIG, weights(1))) != first
         with pytest.raises(errors.AdapterNotFoundError):
             await world.source.resolve(world.ref("nobody"))
@@ -265,7 +270,7 @@ async def held(source: Source, key: AdapterKey, *, holdable: bool) -> MappedFile
 
 class HoldingWorld(World, Protocol):
     holds: bool
-    """Its adapters can be held."""
+    """Its adapters can be held: `AdapterFile.holdable`, and readers with a `file` method."""
 
 
 class PopulateConformance:
