@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from http import HTTPStatus
 from math import ceil
@@ -37,12 +37,6 @@ from lorax_async.sources.local import CONFIG, read_header
 from lorax_async.types import AdapterRef
 
 PREFIX = "LORAX_ASYNC_"
-NAMES = frozenset(
-    {
-        *("SOURCES", "ADAPTERS", "CACHE_DIR", "CACHE_BYTES", "HOST_BYTES", "TIMEOUT", "TOKEN"),
-        *("REVALIDATE", "ALLOW_STALE", "CHECK_FINITE"),
-    }
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +53,8 @@ class PluginSettings:
     cache_bytes: int = 16 * GiB
     host_bytes: int = 2 * GiB
     """Budget, in each worker, of weights that are ready for the engine."""
+    connections: int = 16
+    """Connections to all sources together."""
     timeout: float = 300.0
     """Seconds within which an adapter is downloaded, checked and built."""
     revalidate: float = 60.0
@@ -78,32 +74,23 @@ class PluginSettings:
             for name, value in environment.items()
             if name.startswith(PREFIX) and value
         }
-        if unknown := sorted(given.keys() - NAMES):
+        names = {"SOURCES", "ADAPTERS", "TOKEN", *_PARSERS}
+        if unknown := sorted(given.keys() - names):
             raise ConfigError(
                 f"{PREFIX}{unknown[0]} is not a setting; there are"
-                f" {', '.join(PREFIX + name for name in sorted(NAMES))}"
+                f" {', '.join(PREFIX + name for name in sorted(names))}"
             )
         sources = [_parse_source(text) for text in given.get("SOURCES", "").split()]
         adapters = dict(_parse_alias(text) for text in given.get("ADAPTERS", "").split())
-        values: dict[str, Any] = {
-            "sources": tuple(source for source in sources if isinstance(source, Allow)),
-            "folders": tuple(source for source in sources if isinstance(source, Path)),
-            "adapters": adapters,
-            "token": given.get("TOKEN"),
-        }
-        if "CACHE_DIR" in given:
-            values["cache_dir"] = Path(given["CACHE_DIR"])
-        for name in ("CACHE_BYTES", "HOST_BYTES"):
-            if name in given:
-                values[name.lower()] = _parse_size(name, given[name])
-        for name in ("TIMEOUT", "REVALIDATE"):
-            if name in given:
-                values[name.lower()] = _parse_seconds(name, given[name])
-        for name in ("ALLOW_STALE", "CHECK_FINITE"):
-            if name in given:
-                values[name.lower()] = _parse_switch(name, given[name])
-        settings = cls(**values)
-        StoreConfig(**settings.store_settings())  # raises for values out of range
+        values = {name.lower(): _parse(name, given[name]) for name in _PARSERS if name in given}
+        settings = cls(
+            sources=tuple(source for source in sources if isinstance(source, Allow)),
+            folders=tuple(source for source in sources if isinstance(source, Path)),
+            adapters=adapters,
+            token=given.get("TOKEN"),
+            **values,
+        )
+        StoreConfig(**settings.store_settings())  # raises for values that do not go together
         return settings
 
     def store_settings(self) -> dict[str, Any]:
@@ -116,6 +103,7 @@ class PluginSettings:
             "local_roots": self.folders,
             "cache_dir": self.cache_dir,
             "cache_bytes": self.cache_bytes,
+            "connections": self.connections,
             "timeout": self.timeout,
             "revalidate": self.revalidate,
         }
@@ -175,11 +163,32 @@ def _parse_alias(text: str) -> tuple[str, AdapterRef]:
     return name, replace(ref.plain, use_token=ref.source == "hub")
 
 
+def _parse(name: str, text: str) -> Any:
+    """Return the value of a setting. Raise `ConfigError`, which names its variable."""
+    value, field = _PARSERS[name](name, text), name.lower()
+    if field in StoreConfig.__dataclass_fields__:
+        try:
+            StoreConfig(**{field: value})
+        except ConfigError as error:
+            raise ConfigError(f"{PREFIX}{name}: {error.problem}") from None
+    return value
+
+
+def _parse_folder(_: str, text: str) -> Path:
+    return Path(text)
+
+
 def _parse_size(name: str, text: str) -> int:
     size = parse_size(text)
     if size is None:
         raise ConfigError(f"{PREFIX}{name} must be bytes, such as 16GiB, not {shorten(text, 40)!r}")
     return size
+
+
+def _parse_number(name: str, text: str) -> int:
+    if not text.isascii() or not text.isdecimal():
+        raise ConfigError(f"{PREFIX}{name} must be a number, not {shorten(text, 40)!r}")
+    return int(text)
 
 
 def _parse_seconds(name: str, text: str) -> float:
@@ -193,6 +202,19 @@ def _parse_switch(name: str, text: str) -> bool:
     if text not in {"0", "1"}:
         raise ConfigError(f"{PREFIX}{name} must be 0 or 1, not {shorten(text, 40)!r}")
     return text == "1"
+
+
+_PARSERS: Mapping[str, Callable[[str, str], Any]] = {
+    "CACHE_DIR": _parse_folder,
+    "CACHE_BYTES": _parse_size,
+    "HOST_BYTES": _parse_size,
+    "CONNECTIONS": _parse_number,
+    "TIMEOUT": _parse_seconds,
+    "REVALIDATE": _parse_seconds,
+    "ALLOW_STALE": _parse_switch,
+    "CHECK_FINITE": _parse_switch,
+}
+"""How the values of settings are read, apart from those that name adapters or are secret."""
 
 
 @dataclass(frozen=True, slots=True)

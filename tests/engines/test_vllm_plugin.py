@@ -141,6 +141,13 @@ def test_weights_that_would_ruin_an_engine_are_refused(tmp_path: Path) -> None:
         ({"TIMEOUT": "soon"}, "LORAX_ASYNC_TIMEOUT must be seconds"),
         ({"REVALIDATE": "often"}, "LORAX_ASYNC_REVALIDATE must be seconds"),
         ({"ALLOW_STALE": "yes"}, "LORAX_ASYNC_ALLOW_STALE must be 0 or 1"),
+        ({"CONNECTIONS": "many"}, "LORAX_ASYNC_CONNECTIONS must be a number"),
+        ({"CONNECTIONS": "0"}, "LORAX_ASYNC_CONNECTIONS"),
+        ({"CONNECTIONS": "1000"}, "LORAX_ASYNC_CONNECTIONS"),
+        ({"TIMEOUT": "-1"}, "LORAX_ASYNC_TIMEOUT"),
+        ({"REVALIDATE": "nan"}, "LORAX_ASYNC_REVALIDATE"),
+        ({"CACHE_BYTES": "0"}, "LORAX_ASYNC_CACHE_BYTES"),
+        ({"CACHE_DIR": "/dev/null"}, "LORAX_ASYNC_CACHE_DIR"),
     ],
 )
 def test_a_wrong_setting_is_named(values: dict[str, str], message: str) -> None:
@@ -148,6 +155,12 @@ def test_a_wrong_setting_is_named(values: dict[str, str], message: str) -> None:
         settings(**values)
     assert message in str(caught.value)
     assert "pass@" not in str(caught.value)
+
+
+def test_connections_to_all_sources_are_the_operators(tmp_path: Path) -> None:
+    given = settings(CONNECTIONS="3", CACHE_DIR=str(tmp_path))
+    assert StoreConfig(**given.store_settings()).connections == 3
+    assert StoreConfig(**settings().store_settings()).connections == StoreConfig().connections
 
 
 class Renamed(Lora):
