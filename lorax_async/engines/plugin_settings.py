@@ -1,8 +1,10 @@
-"""What plug-ins for engines share: settings, what adapters have to fit, responses to errors."""
+"""What plug-ins for engines share: settings, what adapters have to fit, and how they fail."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from http import HTTPStatus
 from math import ceil
@@ -13,6 +15,7 @@ from lorax_async import layouts
 from lorax_async.adapters.weights_file import require_finite
 from lorax_async.config import GiB, Limits, StoreConfig, parse_size
 from lorax_async.errors import (
+    AccessDeniedError,
     ConfigError,
     IncompatibleAdapterError,
     InvalidAdapterIdError,
@@ -24,6 +27,7 @@ from lorax_async.errors import (
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.ids import (
     Allow,
+    HubRepository,
     LocalFolder,
     WebFolder,
     allow_ref,
@@ -31,9 +35,12 @@ from lorax_async.ids import (
     parse_requested,
     parse_source,
 )
+from lorax_async.lru import remember
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.pairing import pair_tensors
+from lorax_async.remote.hub import HUB_REMEDY
 from lorax_async.sources.local import CONFIG, read_header
+from lorax_async.telemetry import kind_of
 from lorax_async.types import AdapterRef
 
 PREFIX = "LORAX_ASYNC_"
@@ -108,6 +115,24 @@ class PluginSettings:
             "revalidate": self.revalidate,
         }
 
+    def describe(self) -> str:
+        """Return what is allowed and the budgets in one line, for a log."""
+        config = StoreConfig(**self.store_settings())
+        places = [*map(_show_source, self.sources), *map(str, self.folders)]
+        names = sorted(self.adapters)
+        if len(names) > MAX_SHOWN:
+            names[MAX_SHOWN:] = [f"and {len(names) - MAX_SHOWN} more"]
+        return "; ".join(
+            (
+                f"requests may name adapters of {', '.join(places) or 'no source'}",
+                f"names: {', '.join(names) or 'none'}",
+                f"cache: {config.cache_folder}, up to {_show_size(self.cache_bytes)}",
+                f"built weights: up to {_show_size(self.host_bytes)} in each worker",
+                f"{self.connections} connections, {self.timeout:g} s for an adapter",
+                f"a source's answer counts for {self.revalidate:g} s",
+            )
+        )
+
     def find(self, name: str) -> AdapterRef | None:
         """Return the adapter that a request names, or None if requests may not name it.
 
@@ -134,6 +159,21 @@ class PluginSettings:
         if self.token is None or not isinstance(parse_ref(ref).location, WebFolder):
             return ref
         return AdapterRef(ref.id, ref.source, ref.revision, token=self.token, digest=ref.digest)
+
+
+MAX_SHOWN = 10
+"""Names of adapters in the line of a log."""
+
+
+def _show_source(source: Allow) -> str:
+    if source.scheme == "hub":
+        return f"hub:{source.prefix}" if source.prefix else "hub"
+    port = "" if source.port is None else f":{source.port}"
+    return f"{source.scheme}://{source.host}{port}/{source.prefix}"
+
+
+def _show_size(nbytes: int) -> str:
+    return f"{nbytes / GiB:.3g} GiB"
 
 
 def _parse_source(text: str) -> Allow | Path:
@@ -247,6 +287,68 @@ class BaseRequirements:
         if self.check_finite:
             require_finite(folder)
         return nbytes
+
+
+def explain(error: LoraxError, ref: AdapterRef) -> LoraxError:
+    """Return an error whose remedy is one of the plug-ins' users: settings, not arguments."""
+    if not isinstance(error, AccessDeniedError):
+        return error
+    location = parse_ref(ref).location
+    if isinstance(location, HubRepository):
+        org = location.text.partition("/")[0]
+        remedy = (
+            f"set HF_TOKEN, for the server, to a token that may read it, and name it in"
+            f" {PREFIX}ADAPTERS (NAME={location.text}) or {PREFIX}SOURCES (hub:{org}/): to other"
+            " requests no token is lent"
+        )
+    elif isinstance(location, WebFolder):
+        remedy = (
+            f"{PREFIX}TOKEN is the token for http(s) sources, and {PREFIX}SOURCES what is allowed"
+        )
+    elif isinstance(location, LocalFolder):
+        remedy = f"the folders are those of {PREFIX}SOURCES and {PREFIX}ADAPTERS"
+    else:
+        remedy = "the credentials are those of the server's environment"
+    if remedy in error.problem:
+        return error
+    if HUB_REMEDY in error.problem:
+        return error.reworded(error.problem.replace(HUB_REMEDY, remedy))
+    return error.reworded(f"{error.problem}; {remedy}")
+
+
+MAX_FAILURES = 256
+"""Names of failed adapters that are remembered."""
+
+
+class FailureLog:
+    """The last failure of each adapter, with one line in a log.
+
+    Another line follows only after the adapter could be used, or for another kind of failure: a
+    name that every request repeats does not fill the log.
+    """
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._failures: OrderedDict[str, tuple[tuple[str, str], str]] = OrderedDict()
+
+    def note(self, name: str, error: LoraxError, effect: str = "cannot be used") -> None:
+        """Remember a failure, and log it unless it is known."""
+        kind, text, before = kind_of(error), str(error), self._failures.get(name)
+        remember(self._failures, name, (kind, text), MAX_FAILURES)
+        if before is None or before[0] != kind:  # the text alone: an error has frames
+            self._logger.warning("the adapter %r %s: %s", shorten(name, 200), effect, text)
+
+    def clear(self, name: str) -> None:
+        """Forget a failure: the adapter can be used."""
+        self._failures.pop(name, None)
+
+    def text(self, name: str) -> str | None:
+        """Return the text of an adapter's last error, or None."""
+        failure = self._failures.get(name)
+        return None if failure is None else failure[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._failures))
 
 
 _ENGINE_STATUSES = {"over_capacity": 503, "timeout": 503, "fetch_failed": 503}

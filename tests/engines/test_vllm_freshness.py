@@ -224,6 +224,44 @@ async def test_an_answer_counts_for_as_long_as_the_operator_says(tmp_path: Path)
             assert len(hub.asked) == asked
 
 
+async def test_a_branch_that_moved_is_noticed_without_an_unload(tmp_path: Path) -> None:
+    with HubStandIn() as hub:
+        put(hub, tmp_path, 1)
+        given, changed = of_hub(tmp_path, hub)
+        async with running(given, Engine(Lora()), **changed | {"revalidate": 0.2}) as (server, _):
+            assert (await server.ask(f"{REPO}@main")).status == 200
+            new = put(hub, tmp_path, 2)
+            await asyncio.sleep(0.2)
+            assert (await server.ask(f"{REPO}@main")).json["weights"] == [new]
+
+
+async def test_a_failed_adapter_leaves_one_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Until it was served, or fails in another way."""
+
+    def lines() -> list[str]:
+        return [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+
+    write(tmp_path / "a", 1)
+    os.truncate(tmp_path / "a" / FILES[1], 1000)
+    async with running(local(tmp_path), Engine(Lora()), **ALWAYS) as (server, _):
+        for _ in range(3):
+            assert (await server.ask("a")).status == 400
+        assert len(lines()) == 1
+        assert lines()[0].startswith("the adapter 'a' cannot be used: ")
+        assert "stage verify" in lines()[0]
+        assert {each.name.partition(".")[0] for each in caplog.records} == {"vllm"}
+        write(tmp_path / "a", 2)
+        assert (await server.ask("a")).status == 200
+        assert len(lines()) == 1
+        shutil.rmtree(tmp_path / "a")
+        for _ in range(3):
+            assert (await server.ask("a")).status == 404
+        assert len(lines()) == 2
+        assert "no such folder" in lines()[1]
+
+
 async def test_a_permission_that_was_withdrawn_ends_new_requests_alone(tmp_path: Path) -> None:
     engine = Engine(Lora())
     with HubStandIn() as hub:
@@ -235,7 +273,8 @@ async def test_a_permission_that_was_withdrawn_ends_new_requests_alone(tmp_path:
             for _ in range(2):
                 refused = await server.ask(REPO)
                 assert refused.status == 403
-                assert REPO in refused.json["error"]["message"]
+                assert f"LORAX_ASYNC_ADAPTERS (NAME={REPO})" in refused.json["error"]["message"]
+                assert "use_token" not in refused.json["error"]["message"]
             server.go_on.set()
             assert (await before).json["weights"] == [old]
             await leave(served, lambda: REPO not in server.models.lora_requests)

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,33 @@ RESOLVER = NameResolver()
 
 
 def register() -> None:
-    """Register the resolver, if `VLLM_PLUGINS` names this plug-in."""
+    """Register the resolver, if `VLLM_PLUGINS` names this plug-in.
+
+    Raise `ConfigError` for wrong settings: vLLM calls this first before it parses its arguments, so
+    that they end the start in seconds, not when the model is loaded.
+    """
     from vllm import envs  # noqa: PLC0415
     from vllm.lora.resolver import LoRAResolverRegistry  # noqa: PLC0415
 
-    named = NAME in (envs.VLLM_PLUGINS or ())
-    if named and NAME not in LoRAResolverRegistry.get_supported_resolvers():
+    if NAME not in (envs.VLLM_PLUGINS or ()):
+        return
+    if parent_process() is None:  # engine and workers use none, and may not have the folders
+        read_settings()
+    if NAME not in LoRAResolverRegistry.get_supported_resolvers():
         LoRAResolverRegistry.register_resolver(NAME, RESOLVER)
+
+
+def read_settings() -> PluginSettings:
+    """Return the settings of the environment. Raise `ConfigError` if they, or vLLM's, are wrong."""
+    from vllm import envs  # noqa: PLC0415
+
+    settings = PluginSettings.from_environment(os.environ)
+    if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        raise ConfigError(
+            "the plug-in lorax_async needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1: without it vLLM asks"
+            " no resolver"
+        )
+    return settings
 
 
 class ServerPlugin:
@@ -101,17 +122,10 @@ class ServerPlugin:
 
         Raise `ConfigError`, which ends the start, for wrong settings and a server without LoRA.
         """
-        from vllm import envs  # noqa: PLC0415
-
-        settings = PluginSettings.from_environment(os.environ)
+        settings = read_settings()
         config = engine_client.vllm_config
         if config.lora_config is None:
             raise ConfigError("the plug-in lorax_async needs vLLM's --enable-lora")
-        if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-            raise ConfigError(
-                "the plug-in lorax_async needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1: without it vLLM"
-                " asks no resolver"
-            )
         store = AdapterStore(StoreConfig(**settings.store_settings()))
         await self._stack.enter_async_context(store)
         engine = EngineCalls(engine_client)
@@ -140,6 +154,7 @@ class ServerPlugin:
         self._stack.callback(watch.cancel)
         attach_metrics(served, config.parallel_config.data_parallel_index)
         RESOLVER.serving = state.lorax = settings, served
+        _logger.info("lorax_async: %s", settings.describe())
 
 
 def notice_host(namespaces: Iterable[str], parallel: Any) -> str:
