@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from http import HTTPStatus
@@ -13,7 +13,7 @@ from typing import Any
 
 from lorax_async import layouts
 from lorax_async.adapters.weights_file import require_finite
-from lorax_async.config import GiB, Limits, StoreConfig, parse_size
+from lorax_async.config import GiB, Limits, MiB, StoreConfig, parse_size
 from lorax_async.errors import (
     AccessDeniedError,
     ConfigError,
@@ -173,7 +173,7 @@ def _show_source(source: Allow) -> str:
 
 
 def _show_size(nbytes: int) -> str:
-    return f"{nbytes / GiB:.3g} GiB"
+    return f"{nbytes / GiB:.4g} GiB" if nbytes >= GiB else f"{nbytes / MiB:.4g} MiB"
 
 
 def _parse_source(text: str) -> Allow | Path:
@@ -324,16 +324,19 @@ class FailureLog:
     """The last failure of each adapter, with one line in a log.
 
     Another line follows only after the adapter could be used, or for another kind of failure: a
-    name that every request repeats does not fill the log.
+    name that every request repeats does not fill the log. `counts` has all of them, by kind.
     """
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
         self._failures: OrderedDict[str, tuple[tuple[str, str], str]] = OrderedDict()
+        self.counts: Counter[tuple[str, str]] = Counter()
+        """Failures by the stage of the error, or "none", and its class."""
 
     def note(self, name: str, error: LoraxError, effect: str = "cannot be used") -> None:
-        """Remember a failure, and log it unless it is known."""
+        """Count and remember a failure, and log it unless it is known."""
         kind, text, before = kind_of(error), str(error), self._failures.get(name)
+        self.counts[kind] += 1
         remember(self._failures, name, (kind, text), MAX_FAILURES)
         if before is None or before[0] != kind:  # the text alone: an error has frames
             self._logger.warning("the adapter %r %s: %s", shorten(name, 200), effect, text)

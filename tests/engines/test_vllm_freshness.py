@@ -12,8 +12,10 @@ import pytest
 from event_loops import until
 from hub_stand_in import HubStandIn
 from hub_stand_in import Reply as HubReply
+from prometheus_client import CollectorRegistry
 from vllm_doubles import Engine, Lora, LoRARequest, Reply, Server, digest, running, settings
 
+from lorax_async.engines.vllm.routes import AdapterCollector
 from lorax_async.engines.vllm.served_adapters import ServedAdapters
 from lorax_async.engines.vllm.worker import FILES, BuiltWeights
 from vllm_stage import write_adapter
@@ -233,6 +235,38 @@ async def test_a_branch_that_moved_is_noticed_without_an_unload(tmp_path: Path) 
             new = put(hub, tmp_path, 2)
             await asyncio.sleep(0.2)
             assert (await server.ask(f"{REPO}@main")).json["weights"] == [new]
+
+
+async def test_metrics_count_downloads_failures_and_waits(tmp_path: Path) -> None:
+    with HubStandIn() as hub:
+        put(hub, tmp_path, 1)
+        given, changed = of_hub(tmp_path, hub)
+        async with running(given, Engine(Lora()), **changed) as (server, served):
+            registry = CollectorRegistry()
+            registry.register(AdapterCollector(served, "0"))
+
+            def value(name: str, **labels: str) -> float | None:
+                return registry.get_sample_value(f"lorax_{name}", labels)
+
+            assert (value("downloads_total"), value("waiting")) == (0, 0)
+            for _ in range(2):
+                assert (await server.ask(REPO)).status == 200
+            size = sum((tmp_path / "origin" / name).stat().st_size for name in FILES)
+            assert (value("downloads_total"), value("downloaded_bytes_total")) == (1, size)
+            assert (value("wait_seconds_count"), value("waiting")) == (1, 0)
+            hub.gate(REPO, "hf_0thers")
+            refusal = {"stage": "resolve", "error": "AccessDeniedError"}
+            for number in (1, 2):
+                assert (await server.ask(REPO)).status == 403
+                assert value("failures_total", **refusal) == number
+            hub.repos[REPO].accepted = None
+            os.truncate(tmp_path / "origin" / FILES[1], 1000)
+            contents = {name: (tmp_path / "origin" / name).read_bytes() for name in FILES}
+            hub.put(REPO, contents)
+            assert (await server.ask(REPO)).status == 400
+            torn = {"stage": "verify", "error": "AdapterFormatError"}
+            assert value("failures_total", **torn) == 1
+            assert (value("wait_seconds_count"), value("waiting")) == (2, 0)
 
 
 async def test_a_failed_adapter_leaves_one_line_in_the_log(

@@ -230,7 +230,7 @@ def test_the_settings_are_one_line_of_a_log(tmp_path: Path) -> None:
         f"hub:org/, https://models.example:8443/open/, s3://bucket/loras/, {tmp_path};",
         "names: n00, n01, n02, n03, n04, n05, n06, n07, n08, n09, and 2 more;",
         f"{tmp_path}/cache, up to 3 GiB;",
-        "up to 0.5 GiB in each worker",
+        "up to 512 MiB in each worker",
         "7 connections",
     ):
         assert word in line

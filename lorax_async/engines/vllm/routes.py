@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -188,14 +188,54 @@ async def _read(request: Request, kind: Any) -> Any:
 # -- metrics --------------------------------------------------------------------------------------
 
 
+WAIT_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
 class AdapterCollector(Collector):
-    """What was where at the last refresh, named as in vLLM's PR #45411, and the workers' counts."""
+    """The metrics of the plug-in, without I/O: where adapters were at the last refresh, and counts.
+
+    Those of single adapters are named as in vLLM's PR #45411.
+    """
 
     def __init__(self, served: ServedAdapters, engine: str) -> None:
         self._served = served
         self._engine = engine
+        self._waits = Histogram(
+            "lorax_wait_seconds",
+            "Of requests for adapters that were not ready, until these were, or had failed.",
+            buckets=WAIT_SECONDS,
+            registry=None,
+        )
+        served.on_wait = self._waits.observe
 
     def collect(self) -> Iterator[Metric]:
+        yield from self._tiers()
+        counter = CounterMetricFamily(
+            "lorax_worker_adapters",
+            "Adapters built in a thread; served from host memory; loaded inside vLLM's loop;"
+            " read from open files after their folder was gone; lost.",
+            labels=["event"],
+        )
+        for event, count in self._served.counts.items():
+            counter.add_metric([event], count)
+        yield counter
+        downloads = self._served.downloads
+        for name, text, total in (
+            ("downloads", "Adapters downloaded from their source.", downloads.downloads),
+            ("downloaded_bytes", "Bytes of these adapters.", downloads.downloaded_bytes),
+        ):
+            yield CounterMetricFamily(f"lorax_{name}", text, value=total)
+        failures = CounterMetricFamily(
+            "lorax_failures", "Attempts to get an adapter that failed.", labels=["stage", "error"]
+        )
+        for kind, count in sorted(self._served.failures.counts.items()):
+            failures.add_metric(kind, count)
+        yield failures
+        text = "Requests that wait for an adapter which is not ready."
+        yield GaugeMetricFamily("lorax_waiting", text, value=self._served.waiting)
+        yield from self._waits.collect()
+
+    def _tiers(self) -> Iterator[Metric]:
         levels = {"device": "gpu", "host": "cpu"}
         loaded = GaugeMetricFamily(
             "vllm:lora_adapter_loaded",
@@ -216,17 +256,8 @@ class AdapterCollector(Collector):
             )
             gauge.add_metric([self._engine], number[tier])
             yield gauge
-        counter = CounterMetricFamily(
-            "lorax_worker_adapters",
-            "Adapters built in a thread; served from host memory; loaded inside vLLM's loop;"
-            " read from open files after their folder was gone; lost.",
-            labels=["event"],
-        )
-        for event, count in self._served.counts.items():
-            counter.add_metric([event], count)
-        yield counter
 
 
 def attach_metrics(served: ServedAdapters, engine: int | None) -> None:
-    """Add the plug-in's metrics to those of vLLM's server."""
+    """Add the plug-in's metrics to prometheus_client's registry, which vLLM's server shows."""
     REGISTRY.register(AdapterCollector(served, str(engine or 0)))
