@@ -20,6 +20,7 @@ from lorax_async.errors import (
     IncompatibleAdapterError,
     InvalidAdapterIdError,
     LoraxError,
+    UnsupportedAdapterError,
     UsageError,
     http_status,
     shorten,
@@ -37,6 +38,7 @@ from lorax_async.ids import (
 )
 from lorax_async.lru import remember
 from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.model_families import decoder_layout
 from lorax_async.planning.pairing import pair_tensors
 from lorax_async.remote.hub import HUB_REMEDY
 from lorax_async.sources.local import CONFIG, read_header
@@ -257,6 +259,22 @@ _PARSERS: Mapping[str, Callable[[str, str], Any]] = {
 """How the values of settings are read, apart from those that name adapters or are secret."""
 
 
+EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts"})
+"""Keys of the configs of models with experts."""
+
+
+def layout_for(config: Mapping[str, Any], logger: logging.Logger) -> ModelLayout | None:
+    """Return the layout by a base's config, or None, after a warning, where it does not tell."""
+    layout = None if EXPERTS & config.keys() else decoder_layout(config)
+    if layout is None:
+        logger.warning(
+            "adapters are not compared with the shapes of the base: its model_type %r is not"
+            " known, or has experts, whose adapters have several spellings",
+            config.get("model_type"),
+        )
+    return layout
+
+
 @dataclass(frozen=True, slots=True)
 class BaseRequirements:
     """What adapters have to fit: the base's layout, if known, and the server's highest rank."""
@@ -265,6 +283,8 @@ class BaseRequirements:
     max_rank: int | None
     _: KW_ONLY
     check_finite: bool = True
+    vectors: bool = True
+    """Accept DoRA and biases of B; False for an engine that would not apply them."""
 
     def check(self, folder: Path) -> int:
         """Return the bytes of an adapter's weights. Blocks, while it reads them.
@@ -280,6 +300,8 @@ class BaseRequirements:
                 f"its rank is {max(ranks)}, and this server takes up to {self.max_rank}"
                 " (--max-lora-rank)"
             )
+        if not self.vectors and (spec.dora or spec.lora_bias):
+            raise UnsupportedAdapterError("the engine applies neither DoRA nor a bias of B")
         if self.layout is not None:
             pair_tensors(header, spec, self.layout, limits)
         else:

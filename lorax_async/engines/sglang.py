@@ -29,6 +29,7 @@ from lorax_async.engines.plugin_settings import (
     FailureLog,
     PluginSettings,
     explain,
+    layout_for,
     response_to,
 )
 from lorax_async.errors import (
@@ -40,7 +41,6 @@ from lorax_async.errors import (
 )
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import parse_tensor_name
-from lorax_async.planning.model_families import decoder_layout
 from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.sources.local import CONFIG, read_header
 from lorax_async.store import AdapterStore
@@ -53,9 +53,6 @@ WEIGHTS = "sglang.srt.lora.lora.LoRAAdapter"
 
 ATTRIBUTE = "lorax_async"
 """The attribute of SGLang's TokenizerManager with its `RequestedAdapters`, or None."""
-
-EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts"})
-"""Keys of the configs of models with experts."""
 
 EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
 """The modules outside of the layers that SGLang changes."""
@@ -432,14 +429,7 @@ def _make_check(model_config: Any, check_finite: bool) -> Callable[[Path], None]
     """Return what raises the `AdapterError` that says why an adapter does not fit. Both block."""
     from sglang.srt.runtime_context import get_lora  # noqa: PLC0415
 
-    config = model_config.hf_config.to_dict()
-    layout = None if EXPERTS & config.keys() else decoder_layout(config)
-    if layout is None:
-        _logger.warning(
-            "adapters are not compared with the shapes of the base: its model_type %r is not"
-            " known, or has experts, whose adapters have several spellings",
-            config.get("model_type"),
-        )
+    layout = layout_for(model_config.hf_config.to_dict(), _logger)
     base = BaseRequirements(layout, get_lora().max_lora_rank, check_finite=check_finite)
     gated = layout is not None and any(".gate_proj" in module.name for module in layout.modules)
     served = _served_names()
