@@ -154,7 +154,8 @@ class AdapterStore:
     def statistics(self) -> StoreStatistics:
         """Return totals of the downloads since the store was opened; after `close`, the last ones.
 
-        No I/O.
+        No I/O. Unlike the other calls, it may come from any thread, as that of a scrape.
         """
-        self._lifetime.check_readable()
+        if not hasattr(self, "_parts"):
+            self._lifetime.check_loop()  # raises
         return self._parts.folders.statistics

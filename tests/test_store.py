@@ -87,12 +87,14 @@ async def test_statistics_count_each_download_once(tmp_path: Path) -> None:
     adapter = written(tmp_path / "adapter", layers=4, rank=16)
     with HubStandIn() as hub:
         hub.put("org/name", contents(adapter))
+        with pytest.raises(errors.UsageError, match="enter the store first"):
+            store_of(hub, tmp_path).statistics()
         async with store_of(hub, tmp_path) as store:
             assert store.statistics() == StoreStatistics(0, 0)
             both = [asyncio.ensure_future(store.checkout("org/name")) for _ in range(2)]
             folders = await asyncio.gather(*both)
             size = sum(file.stat().st_size for file in adapter.iterdir())
-            assert store.statistics() == StoreStatistics(1, size)
+            assert await asyncio.to_thread(store.statistics) == StoreStatistics(1, size)
             await store.prefetch("org/name")
             async with store.checkout(adapter):
                 await fails(store.checkout("org/none"), errors.AccessDeniedError)

@@ -245,28 +245,33 @@ async def test_metrics_count_downloads_failures_and_waits(tmp_path: Path) -> Non
             registry = CollectorRegistry()
             registry.register(AdapterCollector(served, "0"))
 
-            def value(name: str, **labels: str) -> float | None:
-                return registry.get_sample_value(f"lorax_{name}", labels)
+            async def value(name: str, **labels: str) -> float | None:
+                """Read a metric as vLLM's route does, which is no coroutine: in a thread."""
+                read = registry.get_sample_value
+                return await asyncio.to_thread(read, f"lorax_{name}", labels)
 
-            assert (value("downloads_total"), value("waiting")) == (0, 0)
+            assert (await value("downloads_total"), await value("waiting")) == (0, 0)
             for _ in range(2):
                 assert (await server.ask(REPO)).status == 200
             size = sum((tmp_path / "origin" / name).stat().st_size for name in FILES)
-            assert (value("downloads_total"), value("downloaded_bytes_total")) == (1, size)
-            assert (value("wait_seconds_count"), value("waiting")) == (1, 0)
+            assert (await value("downloads_total"), await value("downloaded_bytes_total")) == (
+                1,
+                size,
+            )
+            assert (await value("wait_seconds_count"), await value("waiting")) == (1, 0)
             hub.gate(REPO, "hf_0thers")
             refusal = {"stage": "resolve", "error": "AccessDeniedError"}
             for number in (1, 2):
                 assert (await server.ask(REPO)).status == 403
-                assert value("failures_total", **refusal) == number
+                assert await value("failures_total", **refusal) == number
             hub.repos[REPO].accepted = None
             os.truncate(tmp_path / "origin" / FILES[1], 1000)
             contents = {name: (tmp_path / "origin" / name).read_bytes() for name in FILES}
             hub.put(REPO, contents)
             assert (await server.ask(REPO)).status == 400
             torn = {"stage": "verify", "error": "AdapterFormatError"}
-            assert value("failures_total", **torn) == 1
-            assert (value("wait_seconds_count"), value("waiting")) == (2, 0)
+            assert await value("failures_total", **torn) == 1
+            assert (await value("wait_seconds_count"), await value("waiting")) == (2, 0)
 
 
 async def test_a_failed_adapter_leaves_one_line_in_the_log(
