@@ -41,7 +41,7 @@ from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.model_families import decoder_layout
 from lorax_async.planning.pairing import pair_tensors
 from lorax_async.remote.hub import HUB_REMEDY
-from lorax_async.sources.local import CONFIG, read_header
+from lorax_async.sources.local import CONFIG, OUTSIDE, read_header
 from lorax_async.telemetry import kind_of
 from lorax_async.types import AdapterRef
 
@@ -328,13 +328,14 @@ def explain(error: LoraxError, ref: AdapterRef) -> LoraxError:
             f"{PREFIX}TOKEN is the token for http(s) sources, and {PREFIX}SOURCES what is allowed"
         )
     elif isinstance(location, LocalFolder):
-        remedy = f"the folders are those of {PREFIX}SOURCES and {PREFIX}ADAPTERS"
+        remedy = f"requests name folders only inside the folders of {PREFIX}SOURCES"
     else:
         remedy = "the credentials are those of the server's environment"
     if remedy in error.problem:
         return error
-    if HUB_REMEDY in error.problem:
-        return error.reworded(error.problem.replace(HUB_REMEDY, remedy))
+    for words in (HUB_REMEDY, OUTSIDE):
+        if words in error.problem:
+            return error.reworded(error.problem.replace(words, remedy))
     return error.reworded(f"{error.problem}; {remedy}")
 
 

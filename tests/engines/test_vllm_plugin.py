@@ -270,6 +270,7 @@ class Renamed(Lora):
         (Lora(_is_moe=True), "experts"),
     ],
 )
+@pytest.mark.usefixtures("vllm")
 def test_only_the_expected_interface_is_extended(lora: object, reason: str | None) -> None:
     found = unexpected_interface(lora)
     assert found is None if reason is None else found is not None and reason in found

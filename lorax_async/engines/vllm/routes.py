@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,11 @@ from lorax_async.engines.vllm.served_adapters import ServedAdapters
 from lorax_async.errors import LoraxError
 from lorax_async.types import AdapterRef
 
-_logger = logging.getLogger("vllm.lorax_async")  # vLLM writes what its children log
-
 
 class AdapterRefusal(HTTPException):
     """The response to a request whose adapter cannot be used.
 
-    vLLM answers HTTPExceptions without their headers; `attach_routes` answers these with them.
+    vLLM answers HTTPExceptions without their headers; `attach_refusals` answers these with them.
     """
 
 
@@ -47,26 +44,37 @@ async def _answer_refusal(_: Request, refusal: Exception) -> Response:
     return JSONResponse({"error": error}, refusal.status_code, refusal.headers)
 
 
-def attach_routes(app: FastAPI) -> None:
-    """Add the plug-in's routes; those for `/v1/…_lora_adapter` replace vLLM's."""
+def attach_refusals(app: FastAPI) -> None:
+    """Answer an `AdapterRefusal` with its headers."""
     app.add_exception_handler(AdapterRefusal, _answer_refusal)
-    app.add_api_route("/v1/lorax/adapters", list_adapters, methods=["GET"])
-    app.add_api_route("/v1/lorax/prefetch", prefetch, methods=["POST"])
-    app.add_api_route("/v1/load_lora_adapter", load_adapter, methods=["POST"])
-    app.add_api_route("/v1/unload_lora_adapter", unload_adapter, methods=["POST"])
 
 
-def attach_renewal(app: FastAPI) -> None:
+def attach_routes(app: FastAPI) -> Callable[[], None]:
+    """Add the plug-in's routes and renewal; those for `/v1/…_lora_adapter` replace vLLM's.
+
+    Return what restores vLLM's.
+    """
+    before = tuple(app.router.routes)
+    for path, (method, call) in ROUTES.items():
+        app.add_api_route(path, call, methods=[method])
+    renewed = _attach_renewal(app)
+
+    def restore() -> None:
+        theirs = [each for each in before if getattr(each, "path", None) in ROUTES]
+        others = [each for each in app.router.routes if getattr(each, "path", None) not in ROUTES]
+        app.router.routes[:] = [*theirs, *others]
+        del app.dependency_overrides[renewed]
+
+    return restore
+
+
+def _attach_renewal(app: FastAPI) -> Callable[..., Any]:
     """Look at what the `model` of a request means now, before vLLM does.
 
-    All of vLLM's routes whose body is JSON depend on its check of the content type. FastAPI has
-    parsed the body by then, and Starlette's request keeps it.
+    All of vLLM's routes whose body is JSON depend on its check of the content type, which is
+    returned. FastAPI has parsed the body by then, and Starlette's request keeps it.
     """
-    try:
-        from vllm.entrypoints.serve.utils.api_utils import validate_json_request  # noqa: PLC0415
-    except ImportError as error:
-        _logger.warning("served adapters are not looked at again until an unload: %s", error)
-        return
+    from vllm.entrypoints.serve.utils.api_utils import validate_json_request  # noqa: PLC0415
 
     async def validate_and_renew(raw_request: Request) -> None:
         await validate_json_request(raw_request)
@@ -84,6 +92,8 @@ def attach_renewal(app: FastAPI) -> None:
             raise refuse(error, name) from error
 
     app.dependency_overrides[validate_json_request] = validate_and_renew
+    check: Callable[..., Any] = validate_json_request
+    return check
 
 
 async def list_adapters(request: Request) -> Response:
@@ -158,6 +168,14 @@ async def unload_adapter(request: Request) -> Response:
         return JSONResponse(response.model_dump(), response.error.code)
     await served.refresh()
     return PlainTextResponse(response)
+
+
+ROUTES: Mapping[str, tuple[str, Callable[..., Any]]] = {
+    "/v1/lorax/adapters": ("GET", list_adapters),
+    "/v1/lorax/prefetch": ("POST", prefetch),
+    "/v1/load_lora_adapter": ("POST", load_adapter),
+    "/v1/unload_lora_adapter": ("POST", unload_adapter),
+}
 
 
 def _serving(request: Request) -> tuple[PluginSettings, ServedAdapters]:
