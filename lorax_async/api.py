@@ -49,7 +49,7 @@ from lorax_async.ids import Allow, parse_adapter_id
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.runtime.acquire import Prefetch
-from lorax_async.runtime.folders import AdapterFolder, StoredAdapter
+from lorax_async.runtime.folders import AdapterFolder, StoredAdapter, StoreStatistics
 from lorax_async.runtime.placement import AdapterResidency, Placement
 from lorax_async.scheduler.requests import Request, Ticket
 from lorax_async.scheduler.scheduler import AdapterScheduler, Batch, BatchRow
@@ -115,6 +115,7 @@ __all__ = [
     "SlotId",
     "Statistics",
     "StoreConfig",
+    "StoreStatistics",
     "StoredAdapter",
     "Ticket",
     "TransferError",

@@ -108,8 +108,12 @@ class LoraxError(Exception):
 
     def prefixed(self, prefix: str) -> Self:
         """Return a copy whose problem begins with `prefix`."""
+        return self.reworded(f"{prefix}{self.problem}")
+
+    def reworded(self, problem: str) -> Self:
+        """Return a copy with another text."""
         copy = self.located()
-        copy.problem = shorten(f"{prefix}{self.problem}")
+        copy.problem = shorten(problem)
         copy.args = (copy.problem,)
         return copy
 

@@ -14,7 +14,7 @@ from lorax_async.errors import ConfigError, shorten_repr
 from lorax_async.ids import origin_of
 from lorax_async.runtime.acquire import BACKGROUND, BACKGROUND_SECONDS, Prefetch
 from lorax_async.runtime.assembly import StoreParts
-from lorax_async.runtime.folders import AdapterFolder, StoredAdapter
+from lorax_async.runtime.folders import AdapterFolder, StoredAdapter, StoreStatistics
 from lorax_async.sources.base import Source
 from lorax_async.types import AdapterId, AdapterKey, IdOptions, Ref, as_ref, as_refs
 
@@ -150,3 +150,12 @@ class AdapterStore:
         """
         self._lifetime.check_readable()
         return MappingProxyType(self._parts.folders.placement())
+
+    def statistics(self) -> StoreStatistics:
+        """Return totals of the downloads since the store was opened; after `close`, the last ones.
+
+        No I/O. Unlike the other calls, it may come from any thread, as that of a scrape.
+        """
+        if not hasattr(self, "_parts"):
+            self._lifetime.check_loop()  # raises
+        return self._parts.folders.statistics

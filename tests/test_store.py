@@ -21,7 +21,15 @@ from tiny_loaders import fails
 from user_loads import at, contents, loader, written
 from web_folder import hold, refuse
 
-from lorax_async import AdapterLoader, AdapterRef, AdapterStore, StoreConfig, StoredAdapter, errors
+from lorax_async import (
+    AdapterLoader,
+    AdapterRef,
+    AdapterStore,
+    StoreConfig,
+    StoredAdapter,
+    StoreStatistics,
+    errors,
+)
 from lorax_async.cli import main
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left", "hub_client")
@@ -73,6 +81,27 @@ async def test_a_checkout_is_a_lease_and_its_id_is_in_the_placement(tmp_path: Pa
                 assert folder.downloaded
             await fails(store.checkout("org/name", digest="0" * 64), errors.IntegrityError)
         await fails(store.checkout("org/name"), errors.LoaderClosedError, "the store is closed")
+
+
+async def test_statistics_count_each_download_once(tmp_path: Path) -> None:
+    adapter = written(tmp_path / "adapter", layers=4, rank=16)
+    with HubStandIn() as hub:
+        hub.put("org/name", contents(adapter))
+        with pytest.raises(errors.UsageError, match="enter the store first"):
+            store_of(hub, tmp_path).statistics()
+        async with store_of(hub, tmp_path) as store:
+            assert store.statistics() == StoreStatistics(0, 0)
+            both = [asyncio.ensure_future(store.checkout("org/name")) for _ in range(2)]
+            folders = await asyncio.gather(*both)
+            size = sum(file.stat().st_size for file in adapter.iterdir())
+            assert await asyncio.to_thread(store.statistics) == StoreStatistics(1, size)
+            await store.prefetch("org/name")
+            async with store.checkout(adapter):
+                await fails(store.checkout("org/none"), errors.AccessDeniedError)
+            assert store.statistics() == StoreStatistics(1, size)
+            for folder in folders:
+                folder.release()
+        assert store.statistics() == StoreStatistics(1, size)
 
 
 async def test_a_checkout_is_a_coroutine(world: RemoteWorld) -> None:

@@ -111,7 +111,9 @@ def environment(server: Path) -> dict[str, str]:
 def passed_tests(server: Path) -> set[str]:
     """Run LoRAX's own tests, offline; return those that pass."""
     report = server / "report.xml"
-    options = ("-q", "-p", "no:cacheprovider", "-m", "not private", f"--junit-xml={report}")
+    # The default folder is shared by all runs of a user, and each removes what it finds old.
+    own = ("-p", "no:cacheprovider", f"--basetemp={server / 'temporary'}")
+    options = ("-q", *own, "-m", "not private", f"--junit-xml={report}")
     env = environment(server)
     # Those that need the hub or CUDA fail with and without the patch.
     run(PYTHON, "-m", "pytest", *options, "tests", cwd=server, env=env, check=False)

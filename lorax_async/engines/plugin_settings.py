@@ -1,8 +1,10 @@
-"""What plug-ins for engines share: settings, what adapters have to fit, responses to errors."""
+"""What plug-ins for engines share: settings, what adapters have to fit, and how they fail."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from http import HTTPStatus
 from math import ceil
@@ -11,12 +13,14 @@ from typing import Any
 
 from lorax_async import layouts
 from lorax_async.adapters.weights_file import require_finite
-from lorax_async.config import GiB, Limits, StoreConfig, parse_size
+from lorax_async.config import GiB, Limits, MiB, StoreConfig, parse_size
 from lorax_async.errors import (
+    AccessDeniedError,
     ConfigError,
     IncompatibleAdapterError,
     InvalidAdapterIdError,
     LoraxError,
+    UnsupportedAdapterError,
     UsageError,
     http_status,
     shorten,
@@ -24,6 +28,7 @@ from lorax_async.errors import (
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.ids import (
     Allow,
+    HubRepository,
     LocalFolder,
     WebFolder,
     allow_ref,
@@ -31,18 +36,16 @@ from lorax_async.ids import (
     parse_requested,
     parse_source,
 )
+from lorax_async.lru import remember
 from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.model_families import decoder_layout
 from lorax_async.planning.pairing import pair_tensors
-from lorax_async.sources.local import CONFIG, read_header
+from lorax_async.remote.hub import HUB_REMEDY
+from lorax_async.sources.local import CONFIG, OUTSIDE, read_header
+from lorax_async.telemetry import kind_of
 from lorax_async.types import AdapterRef
 
 PREFIX = "LORAX_ASYNC_"
-NAMES = frozenset(
-    {
-        *("SOURCES", "ADAPTERS", "CACHE_DIR", "CACHE_BYTES", "HOST_BYTES", "TIMEOUT", "TOKEN"),
-        *("REVALIDATE", "ALLOW_STALE", "CHECK_FINITE"),
-    }
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +62,8 @@ class PluginSettings:
     cache_bytes: int = 16 * GiB
     host_bytes: int = 2 * GiB
     """Budget, in each worker, of weights that are ready for the engine."""
+    connections: int = 16
+    """Connections to all sources together."""
     timeout: float = 300.0
     """Seconds within which an adapter is downloaded, checked and built."""
     revalidate: float = 60.0
@@ -78,32 +83,23 @@ class PluginSettings:
             for name, value in environment.items()
             if name.startswith(PREFIX) and value
         }
-        if unknown := sorted(given.keys() - NAMES):
+        names = {"SOURCES", "ADAPTERS", "TOKEN", *_PARSERS}
+        if unknown := sorted(given.keys() - names):
             raise ConfigError(
                 f"{PREFIX}{unknown[0]} is not a setting; there are"
-                f" {', '.join(PREFIX + name for name in sorted(NAMES))}"
+                f" {', '.join(PREFIX + name for name in sorted(names))}"
             )
         sources = [_parse_source(text) for text in given.get("SOURCES", "").split()]
         adapters = dict(_parse_alias(text) for text in given.get("ADAPTERS", "").split())
-        values: dict[str, Any] = {
-            "sources": tuple(source for source in sources if isinstance(source, Allow)),
-            "folders": tuple(source for source in sources if isinstance(source, Path)),
-            "adapters": adapters,
-            "token": given.get("TOKEN"),
-        }
-        if "CACHE_DIR" in given:
-            values["cache_dir"] = Path(given["CACHE_DIR"])
-        for name in ("CACHE_BYTES", "HOST_BYTES"):
-            if name in given:
-                values[name.lower()] = _parse_size(name, given[name])
-        for name in ("TIMEOUT", "REVALIDATE"):
-            if name in given:
-                values[name.lower()] = _parse_seconds(name, given[name])
-        for name in ("ALLOW_STALE", "CHECK_FINITE"):
-            if name in given:
-                values[name.lower()] = _parse_switch(name, given[name])
-        settings = cls(**values)
-        StoreConfig(**settings.store_settings())  # raises for values out of range
+        values = {name.lower(): _parse(name, given[name]) for name in _PARSERS if name in given}
+        settings = cls(
+            sources=tuple(source for source in sources if isinstance(source, Allow)),
+            folders=tuple(source for source in sources if isinstance(source, Path)),
+            adapters=adapters,
+            token=given.get("TOKEN"),
+            **values,
+        )
+        StoreConfig(**settings.store_settings())  # raises for values that do not go together
         return settings
 
     def store_settings(self) -> dict[str, Any]:
@@ -116,9 +112,28 @@ class PluginSettings:
             "local_roots": self.folders,
             "cache_dir": self.cache_dir,
             "cache_bytes": self.cache_bytes,
+            "connections": self.connections,
             "timeout": self.timeout,
             "revalidate": self.revalidate,
         }
+
+    def describe(self) -> str:
+        """Return what is allowed and the budgets in one line, for a log."""
+        config = StoreConfig(**self.store_settings())
+        places = [*map(_show_source, self.sources), *map(str, self.folders)]
+        names = sorted(self.adapters)
+        if len(names) > MAX_SHOWN:
+            names[MAX_SHOWN:] = [f"and {len(names) - MAX_SHOWN} more"]
+        return "; ".join(
+            (
+                f"requests may name adapters of {', '.join(places) or 'no source'}",
+                f"names: {', '.join(names) or 'none'}",
+                f"cache: {config.cache_folder}, up to {_show_size(self.cache_bytes)}",
+                f"built weights: up to {_show_size(self.host_bytes)} in each worker",
+                f"{self.connections} connections, {self.timeout:g} s for an adapter",
+                f"a source's answer counts for {self.revalidate:g} s",
+            )
+        )
 
     def find(self, name: str) -> AdapterRef | None:
         """Return the adapter that a request names, or None if requests may not name it.
@@ -148,6 +163,21 @@ class PluginSettings:
         return AdapterRef(ref.id, ref.source, ref.revision, token=self.token, digest=ref.digest)
 
 
+MAX_SHOWN = 10
+"""Names of adapters in the line of a log."""
+
+
+def _show_source(source: Allow) -> str:
+    if source.scheme == "hub":
+        return f"hub:{source.prefix}" if source.prefix else "hub"
+    port = "" if source.port is None else f":{source.port}"
+    return f"{source.scheme}://{source.host}{port}/{source.prefix}"
+
+
+def _show_size(nbytes: int) -> str:
+    return f"{nbytes / GiB:.4g} GiB" if nbytes >= GiB else f"{nbytes / MiB:.4g} MiB"
+
+
 def _parse_source(text: str) -> Allow | Path:
     """Parse "hub", "hub:org/", a URL that ends with "/", or an absolute folder."""
     try:
@@ -175,11 +205,32 @@ def _parse_alias(text: str) -> tuple[str, AdapterRef]:
     return name, replace(ref.plain, use_token=ref.source == "hub")
 
 
+def _parse(name: str, text: str) -> Any:
+    """Return the value of a setting. Raise `ConfigError`, which names its variable."""
+    value, field = _PARSERS[name](name, text), name.lower()
+    if field in StoreConfig.__dataclass_fields__:
+        try:
+            StoreConfig(**{field: value})
+        except ConfigError as error:
+            raise ConfigError(f"{PREFIX}{name}: {error.problem}") from None
+    return value
+
+
+def _parse_folder(_: str, text: str) -> Path:
+    return Path(text)
+
+
 def _parse_size(name: str, text: str) -> int:
     size = parse_size(text)
     if size is None:
         raise ConfigError(f"{PREFIX}{name} must be bytes, such as 16GiB, not {shorten(text, 40)!r}")
     return size
+
+
+def _parse_number(name: str, text: str) -> int:
+    if not text.isascii() or not text.isdecimal():
+        raise ConfigError(f"{PREFIX}{name} must be a number, not {shorten(text, 40)!r}")
+    return int(text)
 
 
 def _parse_seconds(name: str, text: str) -> float:
@@ -195,6 +246,35 @@ def _parse_switch(name: str, text: str) -> bool:
     return text == "1"
 
 
+_PARSERS: Mapping[str, Callable[[str, str], Any]] = {
+    "CACHE_DIR": _parse_folder,
+    "CACHE_BYTES": _parse_size,
+    "HOST_BYTES": _parse_size,
+    "CONNECTIONS": _parse_number,
+    "TIMEOUT": _parse_seconds,
+    "REVALIDATE": _parse_seconds,
+    "ALLOW_STALE": _parse_switch,
+    "CHECK_FINITE": _parse_switch,
+}
+"""How the values of settings are read, apart from those that name adapters or are secret."""
+
+
+EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts"})
+"""Keys of the configs of models with experts."""
+
+
+def layout_for(config: Mapping[str, Any], logger: logging.Logger) -> ModelLayout | None:
+    """Return the layout by a base's config, or None, after a warning, where it does not tell."""
+    layout = None if EXPERTS & config.keys() else decoder_layout(config)
+    if layout is None:
+        logger.warning(
+            "adapters are not compared with the shapes of the base: its model_type %r is not"
+            " known, or has experts, whose adapters have several spellings",
+            config.get("model_type"),
+        )
+    return layout
+
+
 @dataclass(frozen=True, slots=True)
 class BaseRequirements:
     """What adapters have to fit: the base's layout, if known, and the server's highest rank."""
@@ -203,6 +283,8 @@ class BaseRequirements:
     max_rank: int | None
     _: KW_ONLY
     check_finite: bool = True
+    vectors: bool = True
+    """Accept DoRA and biases of B; False for an engine that would not apply them."""
 
     def check(self, folder: Path) -> int:
         """Return the bytes of an adapter's weights. Blocks, while it reads them.
@@ -218,6 +300,8 @@ class BaseRequirements:
                 f"its rank is {max(ranks)}, and this server takes up to {self.max_rank}"
                 " (--max-lora-rank)"
             )
+        if not self.vectors and (spec.dora or spec.lora_bias):
+            raise UnsupportedAdapterError("the engine applies neither DoRA nor a bias of B")
         if self.layout is not None:
             pair_tensors(header, spec, self.layout, limits)
         else:
@@ -225,6 +309,72 @@ class BaseRequirements:
         if self.check_finite:
             require_finite(folder)
         return nbytes
+
+
+def explain(error: LoraxError, ref: AdapterRef) -> LoraxError:
+    """Return an error whose remedy is one of the plug-ins' users: settings, not arguments."""
+    if not isinstance(error, AccessDeniedError):
+        return error
+    location = parse_ref(ref).location
+    if isinstance(location, HubRepository):
+        org = location.text.partition("/")[0]
+        remedy = (
+            f"set HF_TOKEN, for the server, to a token that may read it, and name it in"
+            f" {PREFIX}ADAPTERS (NAME={location.text}) or {PREFIX}SOURCES (hub:{org}/): to other"
+            " requests no token is lent"
+        )
+    elif isinstance(location, WebFolder):
+        remedy = (
+            f"{PREFIX}TOKEN is the token for http(s) sources, and {PREFIX}SOURCES what is allowed"
+        )
+    elif isinstance(location, LocalFolder):
+        remedy = f"requests name folders only inside the folders of {PREFIX}SOURCES"
+    else:
+        remedy = "the credentials are those of the server's environment"
+    if remedy in error.problem:
+        return error
+    for words in (HUB_REMEDY, OUTSIDE):
+        if words in error.problem:
+            return error.reworded(error.problem.replace(words, remedy))
+    return error.reworded(f"{error.problem}; {remedy}")
+
+
+MAX_FAILURES = 256
+"""Names of failed adapters that are remembered."""
+
+
+class FailureLog:
+    """The last failure of each adapter, with one line in a log.
+
+    Another line follows only after the adapter could be used, or for another kind of failure: a
+    name that every request repeats does not fill the log. `counts` has all of them, by kind.
+    """
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._failures: OrderedDict[str, tuple[tuple[str, str], str]] = OrderedDict()
+        self.counts: Counter[tuple[str, str]] = Counter()
+        """Failures by the stage of the error, or "none", and its class."""
+
+    def note(self, name: str, error: LoraxError, effect: str = "cannot be used") -> None:
+        """Count and remember a failure, and log it unless it is known."""
+        kind, text, before = kind_of(error), str(error), self._failures.get(name)
+        self.counts[kind] += 1
+        remember(self._failures, name, (kind, text), MAX_FAILURES)
+        if before is None or before[0] != kind:  # the text alone: an error has frames
+            self._logger.warning("the adapter %r %s: %s", shorten(name, 200), effect, text)
+
+    def clear(self, name: str) -> None:
+        """Forget a failure: the adapter can be used."""
+        self._failures.pop(name, None)
+
+    def text(self, name: str) -> str | None:
+        """Return the text of an adapter's last error, or None."""
+        failure = self._failures.get(name)
+        return None if failure is None else failure[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._failures))
 
 
 _ENGINE_STATUSES = {"over_capacity": 503, "timeout": 503, "fetch_failed": 503}

@@ -1,8 +1,9 @@
 """Plug-in for SGLang: adapters that requests name, and the scale of rsLoRA.
 
 `register` is an entry point of `sglang.srt.plugins`, which SGLang calls in each of its processes.
-It hooks three methods by SGLang's `HookRegistry`: the one that looks for a request's adapters, the
-one that unloads an adapter, and the constructor of an adapter's weights, which sets their scale.
+It hooks four methods by SGLang's `HookRegistry`: the one that looks for a request's adapters, the
+one that unloads an adapter, the constructor of their class, which logs the settings, and that of an
+adapter's weights, which sets their scale.
 
 SGLang is imported only by functions that SGLang itself calls. docs/sglang.md is for users.
 """
@@ -23,8 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from lorax_async.config import Limits, StoreConfig
-from lorax_async.engines.plugin_settings import BaseRequirements, PluginSettings, response_to
+from lorax_async.engines.plugin_settings import (
+    BaseRequirements,
+    FailureLog,
+    PluginSettings,
+    explain,
+    layout_for,
+    response_to,
+)
 from lorax_async.errors import (
+    ConfigError,
     IncompatibleAdapterError,
     IntegrityError,
     LoraxError,
@@ -32,7 +41,6 @@ from lorax_async.errors import (
 )
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import parse_tensor_name
-from lorax_async.planning.model_families import decoder_layout
 from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.sources.local import CONFIG, read_header
 from lorax_async.store import AdapterStore
@@ -45,9 +53,6 @@ WEIGHTS = "sglang.srt.lora.lora.LoRAAdapter"
 
 ATTRIBUTE = "lorax_async"
 """The attribute of SGLang's TokenizerManager with its `RequestedAdapters`, or None."""
-
-EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts"})
-"""Keys of the configs of models with experts."""
 
 EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})
 """The modules outside of the layers that SGLang changes."""
@@ -71,7 +76,8 @@ def register() -> None:
     """Register the hooks, if `SGLANG_PLUGINS` names this plug-in.
 
     A method that SGLang has not, or not with these parameters, is not hooked; a warning says so.
-    Raise `ConfigError` for wrong settings.
+    Raise `SystemExit`, which ends the start before the model is loaded, for wrong settings: SGLang
+    logs other exceptions of plug-ins, and starts without them.
     """
     from sglang.srt.environ import envs  # noqa: PLC0415
 
@@ -79,6 +85,10 @@ def register() -> None:
     names = {name.strip() for name in (envs.SGLANG_PLUGINS.get() or "").split(",")}
     if NAME not in names:
         return
+    try:
+        hooks = RequestHooks(PluginSettings.from_environment(os.environ))
+    except ConfigError as error:
+        raise SystemExit(f"the plug-in lorax_async: {error}") from error
     from sglang.srt.lora.lora import LoRAAdapter  # noqa: PLC0415
     from sglang.srt.managers.tokenizer_manager import TokenizerManager  # noqa: PLC0415
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # noqa: PLC0415
@@ -87,7 +97,6 @@ def register() -> None:
         HookRegistry.register(f"{WEIGHTS}.__init__", scale_as_peft, HookType.AROUND)
     else:
         _logger.warning("the scale of rsLoRA is left to SGLang: %s is not as expected", WEIGHTS)
-    hooks = RequestHooks(PluginSettings.from_environment(os.environ))
     if _takes(
         TokenizerManager,
         _resolve_lora_path=("self", "obj"),
@@ -95,6 +104,7 @@ def register() -> None:
         load_lora_adapter=("self", "obj"),
         unload_lora_adapter=("self", "obj"),
     ):
+        HookRegistry.register(f"{MANAGER}.__init__", hooks.construct, HookType.AROUND)
         HookRegistry.register(f"{MANAGER}._resolve_lora_path", hooks.resolve, HookType.AROUND)
         unload = f"{MANAGER}._unload_lora_adapter_locked"
         HookRegistry.register(unload, hooks.unload, HookType.AROUND)
@@ -132,6 +142,13 @@ class RequestHooks:
 
     def __init__(self, settings: PluginSettings) -> None:
         self._settings = settings
+
+    def construct(
+        self, original: Callable[..., None], manager: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Construct SGLang's TokenizerManager, and log the settings, which is once for a server."""
+        original(manager, *args, **kwargs)
+        _logger.info("lorax_async: %s", self._settings.describe())
 
     async def resolve(self, original: Method, manager: Any, request: Any) -> None:
         """Load the adapters that a request names and SGLang lacks, or has in another version.
@@ -210,6 +227,7 @@ class RequestedAdapters:
         self._users: Counter[str | None] = Counter()
         self._entering: Counter[str | None] = Counter()
         self._entered = asyncio.Event()
+        self._failures = FailureLog(_logger)
 
     @contextmanager
     def use(self, names: set[str | None]) -> Iterator[None]:
@@ -283,13 +301,16 @@ class RequestedAdapters:
             for _ in range(ATTEMPTS):
                 folder = await self._take(name, ref)
                 if folder is None or await self._load_folder(name, ref, folder):
+                    self._failures.clear(name)
                     return
             raise IntegrityError(
                 "its files changed each time while they were read; save to a new folder and"
                 " rename it into place"
             )
         except LoraxError as error:
-            raise _refuse(error.located(id=ref.text), name) from error
+            located = explain(error.located(id=ref.text), ref)
+            self._failures.note(name, located)
+            raise _refuse(located, name) from error
 
     async def _take(self, name: str, ref: AdapterRef) -> AdapterFolder | None:
         """Lease and check the folder of `ref`; None if SGLang has this version.
@@ -408,14 +429,7 @@ def _make_check(model_config: Any, check_finite: bool) -> Callable[[Path], None]
     """Return what raises the `AdapterError` that says why an adapter does not fit. Both block."""
     from sglang.srt.runtime_context import get_lora  # noqa: PLC0415
 
-    config = model_config.hf_config.to_dict()
-    layout = None if EXPERTS & config.keys() else decoder_layout(config)
-    if layout is None:
-        _logger.warning(
-            "adapters are not compared with the shapes of the base: its model_type %r is not"
-            " known, or has experts, whose adapters have several spellings",
-            config.get("model_type"),
-        )
+    layout = layout_for(model_config.hf_config.to_dict(), _logger)
     base = BaseRequirements(layout, get_lora().max_lora_rank, check_finite=check_finite)
     gated = layout is not None and any(".gate_proj" in module.name for module in layout.modules)
     served = _served_names()

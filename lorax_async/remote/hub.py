@@ -84,10 +84,11 @@ _BASE_CONFIG = "config.json"
 _BEARER = "Bearer "
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_REMEDY = (
+HUB_REMEDY = (
     "give a token that may read it (or log in on this machine, hf auth login, and let its token be"
     " used: use_token=True)"
 )
+"""What callers of the API do; plug-ins for engines put their settings in its place."""
 
 T = TypeVar("T")
 
@@ -443,19 +444,21 @@ def problem_of(error: Exception, query: FileQuery, url: Url) -> AdapterError:
         return AdapterNotFoundError(f"{source!r} on {url} has no revision {revision!r}")
     if isinstance(error, GatedRepoError):
         return AccessDeniedError(
-            f"{source!r} on {url} is gated: accept its conditions there, and {_REMEDY}"
+            f"{source!r} on {url} is gated: accept its conditions there, and {HUB_REMEDY}"
         )
     if isinstance(error, RepositoryNotFoundError):
         if query.token is None and status == 401:
             return AccessDeniedError(
                 f"{url} shows no {source!r} without a token: check the id, or if it is"
-                f" private {_REMEDY}"
+                f" private {HUB_REMEDY}"
             )
         if status not in {401, 403}:
             return AdapterNotFoundError(f"{url} has no {source!r}, or none that the token may see")
     if status in DENIED:
         token = "without a token" if query.token is None else "with this token"
-        return AccessDeniedError(f"{url} refuses {source!r} {token} (status {status}); {_REMEDY}")
+        return AccessDeniedError(
+            f"{url} refuses {source!r} {token} (status {status}); {HUB_REMEDY}"
+        )
     problem = f"{query.name} of {source!r} at {url}: status {status}"
     if status not in RETRYABLE:
         problem += ", which does not answer the request"

@@ -150,6 +150,16 @@ class StoredAdapter:
         return self.key.version if isinstance(self.key, RemoteKey) else None
 
 
+@dataclass(frozen=True, slots=True)
+class StoreStatistics:
+    """Totals since a store was opened."""
+
+    downloads: int = 0
+    """Adapters that came from their source, each once, however many calls waited."""
+    downloaded_bytes: int = 0
+    """The bytes of their files."""
+
+
 @dataclass(slots=True, eq=False)
 class _FolderRequest:
     """One call: the version that its id was resolved to, and its end; None if cancelled."""
@@ -195,6 +205,7 @@ class FolderLeases:
         self._leased: Counter[AdapterKey | None] = Counter()
         self._leases: set[ExitStack] = set()
         self._released = asyncio.Event()
+        self.statistics = StoreStatistics()
 
     async def fetch(self, ref: Ref, seconds: float, *, urgent: bool = True) -> AdapterFolder:
         """Return a lease on the folder of `ref`, downloaded if necessary, and checked.
@@ -314,7 +325,13 @@ class FolderLeases:
             fetch.reader = file.reader
             # No layer groups: fetch the whole file in the fastest order.
             verification = await source.fetch_groups(file, (), lambda _: None, fetch.control)
-            return _CheckedFolder(source.folder(key, file.reader), verification, file.reader)
+            folder = source.folder(key, file.reader)
+            if isinstance(file.reader, FetchReader):
+                before = self.statistics
+                self.statistics = StoreStatistics(
+                    before.downloads + 1, before.downloaded_bytes + folder.nbytes
+                )
+            return _CheckedFolder(folder, verification, file.reader)
         except BaseException:
             if fetch.reader is not None:
                 fetch.reader.close()

@@ -74,6 +74,7 @@ from lorax_async.server.server_log import (
     note_error,
     note_id,
 )
+from lorax_async.server.server_metrics import TEXT_FORMAT
 from lorax_async.server.server_settings import (
     AllowedHosts,
     require_client,
@@ -436,8 +437,7 @@ async def show_version() -> answers.VersionResponse:
 @public.get("/metrics", response_class=PlainTextResponse)
 async def show_metrics(service: ServiceOfApp) -> Response:
     """Return numbers, always in Prometheus' text format."""
-    kind = "text/plain; version=0.0.4; charset=utf-8"
-    return Response(service.metrics.encode(), headers={"content-type": kind})
+    return Response(service.metrics.encode(), headers={"content-type": TEXT_FORMAT})
 
 
 # -- the page -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AsyncExitStack, aclosing, suppress
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,13 @@ from lorax_async.config import PEERS_REMOVED, LoaderConfig, MiB
 from lorax_async.engines.ray.replicas import PublishedAdapters
 from lorax_async.errors import ConfigError
 from lorax_async.server.app import create_app
+from lorax_async.server.server_metrics import TEXT_FORMAT, merge_replicas
 from lorax_async.server.server_settings import ServerSettings
 from lorax_async.server.service import ServedModel, ServerCapacity, open_service
 from lorax_async.types import MAX_ID_BYTES, as_ref, text_of
+
+METRICS_SECONDS = 10.0
+"""Seconds for the numbers of all replicas: Prometheus waits as long by default."""
 
 ROUTER = "lorax_async.engines.ray.router:AdapterRouter"
 
@@ -70,6 +75,12 @@ class AdapterServer(PublishedAdapters):
         if not self._service.healthy:
             raise RuntimeError("the engine has stopped")
 
+    async def metrics(self) -> tuple[str, bytes]:
+        """Return the replica's name, and its numbers in Prometheus' text format."""
+        from ray import serve  # noqa: PLC0415
+
+        return serve.get_replica_context().replica_tag, self._service.metrics.encode()
+
     async def respond(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
         """Yield the ASGI messages of the response to a request."""
         sending, sent = create_memory_object_stream[Message](1)
@@ -95,8 +106,9 @@ class AdapterServer(PublishedAdapters):
 class AdapterIngress:
     """The deployment that clients call: it sends a request where its `model` is.
 
-    OpenAI's completions, `GET /v1/models` and `GET /health`. Names of adapters are those of the
-    servers' settings: calls that load and unload by name would reach one replica only.
+    OpenAI's completions, `GET /v1/models` and `GET /health` of one server, `GET /metrics` of all.
+    Names of adapters are those of the servers' settings: calls that load and unload by name would
+    reach one replica only.
     """
 
     PATHS = frozenset({"/v1/models", "/v1/completions", "/v1/chat/completions", "/health"})
@@ -108,6 +120,8 @@ class AdapterIngress:
 
     async def __call__(self, request: Request) -> Response:
         """Answer a request."""
+        if (request.method, request.url.path) == ("GET", "/metrics"):
+            return await self._show_metrics()
         if request.url.path not in self.PATHS:
             return Response(status_code=404)
         body = bytearray()
@@ -133,6 +147,16 @@ class AdapterIngress:
         response.raw_headers = start["headers"]
         return response
 
+    async def _show_metrics(self) -> Response:
+        """Return the numbers of all replicas that live, each with its name as a label."""
+        asked = self._servers.broadcast("metrics")
+        try:
+            answers = await asked.results_async(timeout_s=METRICS_SECONDS, return_exceptions=True)
+        except TimeoutError:
+            return Response("a replica does not answer", HTTPStatus.SERVICE_UNAVAILABLE)
+        texts = dict(each for each in answers if not isinstance(each, BaseException))
+        return Response(merge_replicas(texts), media_type=TEXT_FORMAT)
+
 
 def adapter_of(body: bytes) -> str:
     """Return the `model` of a request's body; "" if that is not a name, which a server refuses.
@@ -155,7 +179,9 @@ def build_app(
 ) -> Any:
     """Return an application for `serve.run`: an ingress before replicas of `AdapterServer`.
 
-    `options` are those of the servers' deployment, such as `num_replicas` and `ray_actor_options`.
+    `base` is a folder that each machine has by this path; a relative one is below the caller's
+    current folder. `options` are those of the servers' deployment, such as `num_replicas` and
+    `ray_actor_options`.
     """
     if "fleet" in options:
         raise ConfigError(PEERS_REMOVED)
@@ -166,6 +192,6 @@ def build_app(
     servers = serve.deployment(AdapterServer).options(
         **{"request_router_config": router, "max_ongoing_requests": 256} | options
     )
-    bound = servers.bind(base, config, settings, capacity)
+    bound = servers.bind(base.absolute(), config, settings, capacity)  # replicas run elsewhere
     limit = settings.get("max_body_bytes", MiB)
     return serve.deployment(AdapterIngress).bind(bound, settings["base"], limit)

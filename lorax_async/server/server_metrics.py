@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from itertools import islice
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client import Counter as Total
 from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from lorax_async.errors import class_name
@@ -26,6 +27,9 @@ CALLS = frozenset({
     "/", "/page",
 })  # fmt: skip
 """Paths with a label of their own; all others, which clients make up, are "other"."""
+
+TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
+"""The media type of Prometheus' text format."""
 
 MAX_TIERS = 200
 """Named adapters whose tier is reported, at most."""
@@ -131,6 +135,32 @@ class ServerMetrics(Collector):
             if where is not None and where.tier in {"device", "host"}:
                 family.add_metric([name, where.tier], 1)
         yield family
+
+
+def merge_replicas(texts: Mapping[str, bytes]) -> bytes:
+    """Return the numbers of several servers as one text, with a label `replica`.
+
+    `texts` are what `ServerMetrics.encode` returned, by the names of the servers.
+    """
+    merged: dict[str, Metric] = {}
+    for replica, text in texts.items():
+        for family in text_string_to_metric_families(text.decode()):
+            metric = merged.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type)
+            )
+            for sample in family.samples:
+                metric.add_sample(sample.name, {"replica": replica} | sample.labels, sample.value)
+    registry = CollectorRegistry()
+    registry.register(_Collected(merged.values()))
+    return generate_latest(registry)
+
+
+class _Collected(Collector):
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics
 
 
 class ObservedTokens:

@@ -77,10 +77,11 @@ MAX_DIGESTS = 65_536
 """Digests kept of hashed files; the oldest is dropped first."""
 
 # The same text whether the folder exists or not, and without its path: it may be another tenant's.
-_OUTSIDE = (
+OUTSIDE = (
     "a str id may name a folder inside the local_roots only; add a root, or pass a"
     " pathlib.Path if the id is the program's own"
 )
+"""What callers of the API do; plug-ins for engines put their settings in its place."""
 _LEAVES = (
     "{} is a link that leads out of the adapter's folder, or nowhere; put the file itself there"
     " (links are followed for a pathlib.Path only)"
@@ -219,7 +220,7 @@ def find_adapter(location: LocalFolder, roots: Sequence[str], limits: Limits) ->
     # A path outside the roots decides for all, whether it exists or not.
     if len(problems) == len(paths) > 0:
         raise problems[0]
-    raise AccessDeniedError(_OUTSIDE)
+    raise AccessDeniedError(OUTSIDE)
 
 
 _local_devices: dict[int, bool] = {}

@@ -12,8 +12,10 @@ import pytest
 from event_loops import until
 from hub_stand_in import HubStandIn
 from hub_stand_in import Reply as HubReply
+from prometheus_client import CollectorRegistry
 from vllm_doubles import Engine, Lora, LoRARequest, Reply, Server, digest, running, settings
 
+from lorax_async.engines.vllm.routes import AdapterCollector
 from lorax_async.engines.vllm.served_adapters import ServedAdapters
 from lorax_async.engines.vllm.worker import FILES, BuiltWeights
 from vllm_stage import write_adapter
@@ -224,6 +226,81 @@ async def test_an_answer_counts_for_as_long_as_the_operator_says(tmp_path: Path)
             assert len(hub.asked) == asked
 
 
+async def test_a_branch_that_moved_is_noticed_without_an_unload(tmp_path: Path) -> None:
+    with HubStandIn() as hub:
+        put(hub, tmp_path, 1)
+        given, changed = of_hub(tmp_path, hub)
+        async with running(given, Engine(Lora()), **changed | {"revalidate": 0.2}) as (server, _):
+            assert (await server.ask(f"{REPO}@main")).status == 200
+            new = put(hub, tmp_path, 2)
+            await asyncio.sleep(0.2)
+            assert (await server.ask(f"{REPO}@main")).json["weights"] == [new]
+
+
+async def test_metrics_count_downloads_failures_and_waits(tmp_path: Path) -> None:
+    with HubStandIn() as hub:
+        put(hub, tmp_path, 1)
+        given, changed = of_hub(tmp_path, hub)
+        async with running(given, Engine(Lora()), **changed) as (server, served):
+            registry = CollectorRegistry()
+            registry.register(AdapterCollector(served, "0"))
+
+            async def value(name: str, **labels: str) -> float | None:
+                """Read a metric as vLLM's route does, which is no coroutine: in a thread."""
+                read = registry.get_sample_value
+                return await asyncio.to_thread(read, f"lorax_{name}", labels)
+
+            assert (await value("downloads_total"), await value("waiting")) == (0, 0)
+            for _ in range(2):
+                assert (await server.ask(REPO)).status == 200
+            size = sum((tmp_path / "origin" / name).stat().st_size for name in FILES)
+            assert (await value("downloads_total"), await value("downloaded_bytes_total")) == (
+                1,
+                size,
+            )
+            assert (await value("wait_seconds_count"), await value("waiting")) == (1, 0)
+            hub.gate(REPO, "hf_0thers")
+            refusal = {"stage": "resolve", "error": "AccessDeniedError"}
+            for number in (1, 2):
+                assert (await server.ask(REPO)).status == 403
+                assert await value("failures_total", **refusal) == number
+            hub.repos[REPO].accepted = None
+            os.truncate(tmp_path / "origin" / FILES[1], 1000)
+            contents = {name: (tmp_path / "origin" / name).read_bytes() for name in FILES}
+            hub.put(REPO, contents)
+            assert (await server.ask(REPO)).status == 400
+            torn = {"stage": "verify", "error": "AdapterFormatError"}
+            assert await value("failures_total", **torn) == 1
+            assert (await value("wait_seconds_count"), await value("waiting")) == (2, 0)
+
+
+async def test_a_failed_adapter_leaves_one_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Until it was served, or fails in another way."""
+
+    def lines() -> list[str]:
+        return [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+
+    write(tmp_path / "a", 1)
+    os.truncate(tmp_path / "a" / FILES[1], 1000)
+    async with running(local(tmp_path), Engine(Lora()), **ALWAYS) as (server, _):
+        for _ in range(3):
+            assert (await server.ask("a")).status == 400
+        assert len(lines()) == 1
+        assert lines()[0].startswith("the adapter 'a' cannot be used: ")
+        assert "stage verify" in lines()[0]
+        assert {each.name.partition(".")[0] for each in caplog.records} == {"vllm"}
+        write(tmp_path / "a", 2)
+        assert (await server.ask("a")).status == 200
+        assert len(lines()) == 1
+        shutil.rmtree(tmp_path / "a")
+        for _ in range(3):
+            assert (await server.ask("a")).status == 404
+        assert len(lines()) == 2
+        assert "no such folder" in lines()[1]
+
+
 async def test_a_permission_that_was_withdrawn_ends_new_requests_alone(tmp_path: Path) -> None:
     engine = Engine(Lora())
     with HubStandIn() as hub:
@@ -235,7 +312,8 @@ async def test_a_permission_that_was_withdrawn_ends_new_requests_alone(tmp_path:
             for _ in range(2):
                 refused = await server.ask(REPO)
                 assert refused.status == 403
-                assert REPO in refused.json["error"]["message"]
+                assert f"LORAX_ASYNC_ADAPTERS (NAME={REPO})" in refused.json["error"]["message"]
+                assert "use_token" not in refused.json["error"]["message"]
             server.go_on.set()
             assert (await before).json["weights"] == [old]
             await leave(served, lambda: REPO not in server.models.lora_requests)

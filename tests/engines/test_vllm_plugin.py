@@ -1,6 +1,8 @@
 """What the vLLM plug-in decides without vLLM; `make vllm` runs it in vLLM's server."""
 
 import asyncio
+import os
+import re
 import shutil
 import sys
 import threading
@@ -20,16 +22,16 @@ from safetensors.torch import save_file
 from vllm_doubles import Engine, Lora, LoRARequest, serving, settings
 
 from lorax_async import AdapterRef, AdapterStore, ConfigError, LoraxError, StoreConfig
-from lorax_async.engines.plugin_settings import BaseRequirements
+from lorax_async.engines.plugin_settings import BaseRequirements, explain
 from lorax_async.engines.vllm.notices import receive_notices, send_notice
-from lorax_async.engines.vllm.plugin import notice_host
+from lorax_async.engines.vllm.plugin import notice_host, register
 from lorax_async.engines.vllm.worker import (
     FILES,
     BuiltWeights,
     WorkerExtension,
     unexpected_interface,
 )
-from lorax_async.errors import AdapterFormatError
+from lorax_async.errors import AccessDeniedError, AdapterFormatError
 from lorax_async.ids import parse_allowed_ref
 from vllm_stage import write_adapter
 
@@ -141,6 +143,13 @@ def test_weights_that_would_ruin_an_engine_are_refused(tmp_path: Path) -> None:
         ({"TIMEOUT": "soon"}, "LORAX_ASYNC_TIMEOUT must be seconds"),
         ({"REVALIDATE": "often"}, "LORAX_ASYNC_REVALIDATE must be seconds"),
         ({"ALLOW_STALE": "yes"}, "LORAX_ASYNC_ALLOW_STALE must be 0 or 1"),
+        ({"CONNECTIONS": "many"}, "LORAX_ASYNC_CONNECTIONS must be a number"),
+        ({"CONNECTIONS": "0"}, "LORAX_ASYNC_CONNECTIONS"),
+        ({"CONNECTIONS": "1000"}, "LORAX_ASYNC_CONNECTIONS"),
+        ({"TIMEOUT": "-1"}, "LORAX_ASYNC_TIMEOUT"),
+        ({"REVALIDATE": "nan"}, "LORAX_ASYNC_REVALIDATE"),
+        ({"CACHE_BYTES": "0"}, "LORAX_ASYNC_CACHE_BYTES"),
+        ({"CACHE_DIR": "/dev/null"}, "LORAX_ASYNC_CACHE_DIR"),
     ],
 )
 def test_a_wrong_setting_is_named(values: dict[str, str], message: str) -> None:
@@ -148,6 +157,103 @@ def test_a_wrong_setting_is_named(values: dict[str, str], message: str) -> None:
         settings(**values)
     assert message in str(caught.value)
     assert "pass@" not in str(caught.value)
+
+
+def test_connections_to_all_sources_are_the_operators(tmp_path: Path) -> None:
+    given = settings(CONNECTIONS="3", CACHE_DIR=str(tmp_path))
+    assert StoreConfig(**given.store_settings()).connections == 3
+    assert StoreConfig(**settings().store_settings()).connections == StoreConfig().connections
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The resolvers of a vLLM whose environment names the plug-in, which has no settings."""
+    names: list[str] = []
+    envs = SimpleNamespace(VLLM_PLUGINS=["lorax_async"], VLLM_ALLOW_RUNTIME_LORA_UPDATING=True)
+    registry = SimpleNamespace(
+        get_supported_resolvers=lambda: names, register_resolver=lambda name, _: names.append(name)
+    )
+    module = SimpleNamespace(envs=envs, LoRAResolverRegistry=registry)
+    for name in ("vllm", "vllm.lora", "vllm.lora.resolver"):
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in [name for name in os.environ if name.startswith("LORAX_ASYNC_")]:
+        monkeypatch.delenv(name)
+    return names
+
+
+def test_wrong_settings_end_the_start_before_vllm_parses_its_arguments(
+    registered: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    envs = sys.modules["vllm"].envs
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="LORAX_ASYNC_SORUCES"):
+        patch.setenv("LORAX_ASYNC_SORUCES", "hub")
+        register()
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="LORA_UPDATING=1"):
+        patch.setattr(envs, "VLLM_ALLOW_RUNTIME_LORA_UPDATING", False)
+        register()
+    with monkeypatch.context() as patch:
+        patch.setattr(envs, "VLLM_PLUGINS", ["another"])
+        patch.setenv("LORAX_ASYNC_SORUCES", "hub")
+        register()
+    assert not registered
+    register()
+    register()
+    assert registered == ["lorax_async"]
+
+
+def test_a_worker_on_another_host_needs_no_folders(
+    registered: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAX_ASYNC_SOURCES", "/only/where/the/server/is")
+    with pytest.raises(ConfigError, match="LORAX_ASYNC_SOURCES"):
+        register()
+    monkeypatch.setattr("lorax_async.engines.vllm.plugin.parent_process", object)
+    register()
+    assert registered == ["lorax_async"]
+
+
+def test_the_settings_are_one_line_of_a_log(tmp_path: Path) -> None:
+    names = " ".join(f"n{number:02}=org/private" for number in range(12))
+    given = settings(
+        SOURCES=f"hub:org/ https://models.example:8443/open/ s3://bucket/loras/ {tmp_path}",
+        ADAPTERS=names,
+        TOKEN="5ecret",
+        CACHE_DIR=f"{tmp_path}/cache",
+        CACHE_BYTES="3GiB",
+        HOST_BYTES="512MiB",
+        CONNECTIONS="7",
+    )
+    line = given.describe()
+    assert "\n" not in line
+    assert "5ecret" not in line
+    for word in (
+        f"hub:org/, https://models.example:8443/open/, s3://bucket/loras/, {tmp_path};",
+        "names: n00, n01, n02, n03, n04, n05, n06, n07, n08, n09, and 2 more;",
+        f"{tmp_path}/cache, up to 3 GiB;",
+        "up to 512 MiB in each worker",
+        "7 connections",
+    ):
+        assert word in line
+    assert "no source; names: none" in settings().describe()
+
+
+@pytest.mark.parametrize(
+    ("id", "remedy"),
+    [
+        ("org/name", r"HF_TOKEN.*LORAX_ASYNC_ADAPTERS \(NAME=org/name\).*hub:org/"),
+        ("https://models.example/a/", "LORAX_ASYNC_TOKEN"),
+        ("s3://bucket/a/", "environment"),
+        ("./a", "LORAX_ASYNC_SOURCES"),
+    ],
+)
+def test_a_refusal_names_what_an_operator_can_do(id: str, remedy: str) -> None:
+    denied = AccessDeniedError("it is not yours", id=id)
+    found = explain(denied, AdapterRef(id))
+    assert re.search(remedy, str(found))
+    assert str(found).startswith(str(denied))
+    assert explain(found, AdapterRef(id)) is found
+    other = AdapterFormatError("it is torn", id=id)
+    assert explain(other, AdapterRef(id)) is other
 
 
 class Renamed(Lora):
@@ -164,6 +270,7 @@ class Renamed(Lora):
         (Lora(_is_moe=True), "experts"),
     ],
 )
+@pytest.mark.usefixtures("vllm")
 def test_only_the_expected_interface_is_extended(lora: object, reason: str | None) -> None:
     found = unexpected_interface(lora)
     assert found is None if reason is None else found is not None and reason in found

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI, Request
+from httpx2 import ASGITransport, AsyncClient
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from scraping import parsed
 from server_world import llama_config, tokenizer
 from transformers import LlamaForCausalLM
 
 from lorax_async.config import LoaderConfig
-from lorax_async.server.ray_serve import AdapterServer, adapter_of
+from lorax_async.server.ray_serve import AdapterIngress, AdapterServer, adapter_of
 
 REQUEST = {"model": "b", "prompt": "once", "max_tokens": 40, "stream": True}
 SCOPE = {
@@ -61,3 +65,53 @@ def test_what_is_no_name_is_routed_as_no_adapter() -> None:
     assert adapter_of(b'{"model": "org/sql"}') == "org/sql"
     bodies = b'{"model": "\\ud800"}', b'{"model": "%s"}' % (b"x" * 5_000), b'{"model": 1}', b"["
     assert {adapter_of(body) for body in bodies} == {""}
+
+
+class Broadcast:
+    """Ray's handle of replicas whose calls of a method have these outcomes, as far as it is used."""
+
+    def __init__(self, outcomes: list[Any]) -> None:
+        self._outcomes = outcomes
+
+    def broadcast(self, method: str) -> "Broadcast":
+        assert method == "metrics"
+        return self
+
+    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
+        if isinstance(self._outcomes[0], TimeoutError):
+            raise self._outcomes[0]
+        return self._outcomes
+
+
+async def scrape(outcomes: list[Any]) -> tuple[int, str]:
+    app, ingress = FastAPI(), AdapterIngress(Broadcast(outcomes), "b")
+
+    @app.get("/metrics")
+    async def ask(request: Request) -> Any:
+        return await ingress(request)
+
+    transport = ASGITransport(app)
+    async with AsyncClient(transport=transport, base_url="http://ray", trust_env=False) as client:
+        answer = await client.get("/metrics")
+    return answer.status_code, answer.text
+
+
+def numbers(replica: str) -> tuple[str, bytes]:
+    registry, size = CollectorRegistry(), len(replica)
+    Counter("lorax_loads", "Loads.", ["tier"], registry=registry).labels('a "b').inc(size)
+    Gauge("vllm:lora_requests_info", "Info.", registry=registry).set(size)
+    Histogram("lorax_wait", "Waits.", buckets=(1.0,), registry=registry).observe(size)
+    return replica, generate_latest(registry)
+
+
+async def test_the_ingress_has_the_numbers_of_all_replicas() -> None:
+    status, text = await scrape([numbers("one"), numbers("three"), RuntimeError("it died")])
+    assert status == 200
+    found = parsed(text)
+    for replica, size in (("one", 3), ("three", 5)):
+        assert found[f'lorax_loads_total{{replica={replica},tier=a "b}}'] == size
+        assert found[f"vllm:lora_requests_info{{replica={replica}}}"] == size
+        assert found[f"lorax_wait_sum{{replica={replica}}}"] == size
+        assert found[f"lorax_wait_bucket{{le=+Inf,replica={replica}}}"] == 1
+    assert text.count("# TYPE lorax_loads_total counter") == 1
+    assert (await scrape([TimeoutError()]))[0] == 503

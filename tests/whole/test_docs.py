@@ -315,11 +315,11 @@ def test_the_reference_has_every_public_name() -> None:
 
 
 NOT_RUN = {
-    r"(\.venv/bin/)?(pip install|python3 -m venv)": "a network",
+    r"(\.venv/bin/)?(pip (un)?install|python3 -m venv)": "a network",
     r"make ": "what the tests run in",
     r"lorax-async fetch org/": "the hub",
     r"(export LORAX_API_KEY|docker|curl \S+ -H \"Auth)": "Docker: see tests/server/test_container.py",
-    r"(export|vllm|sglang|curl localhost:)": "vLLM or SGLang: `make vllm` and `make sglang` run them",
+    r"(export|vllm|python -m vllm|sglang|curl localhost:)": "vLLM or SGLang: `make vllm` and `make sglang` run them",
 }
 """Commands that are not run, and what they need. All others stand in blocks of `console`."""
 

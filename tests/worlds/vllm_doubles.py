@@ -52,7 +52,7 @@ class Lora:
             "device": torch.device("cpu"),
             "lora_index_to_id": [],
             "list_adapters": lambda: self.cached,
-            "create_dummy_lora": lambda *_: "zeros",
+            "create_dummy_lora": lambda lora_id, rank, embedding_modules: "zeros",
             "is_pooling_model": True,
             "_is_moe": False,
         }
@@ -80,15 +80,29 @@ class Lora:
         data = Path(lora_request.lora_path, FILES[1]).read_bytes()
         if data == b"bad":
             raise ValueError("vLLM does not support it")
-        return Model(torch.tensor(list(data), dtype=torch.uint8))
+        weights = torch.tensor(list(data), dtype=torch.uint8)
+        return Model({"q": LayerWeights(weights, weights)})
+
+
+class LayerWeights:
+    def __init__(self, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+        self.lora_a = lora_a
+        self.lora_b = lora_b
 
 
 class Model:
-    def __init__(self, weights: torch.Tensor) -> None:
-        self.loras = {"q": SimpleNamespace(lora_a=weights, lora_b=weights)}
+    """vLLM's LoRAModel."""
 
-    def clone(self, number: int) -> "Model":
+    def __init__(self, loras: dict[str, LayerWeights]) -> None:
+        self.loras = loras
+
+    def clone(self, lora_model_id: int) -> "Model":
         return self
+
+
+@dataclass
+class Mapping:
+    index_mapping: tuple[int, ...]
 
 
 @dataclass
@@ -118,6 +132,18 @@ class Engine:
             vars(self.worker)["model_runner"] = SimpleNamespace(lora_manager=lora)
         self.calls: list[tuple[Any, ...]] = []
         self.output_processor: Any = SimpleNamespace(request_states={})
+        self.vllm_config: Any = SimpleNamespace(
+            lora_config=SimpleNamespace(max_lora_rank=16),
+            model_config=SimpleNamespace(
+                is_multimodal_model=False, is_moe=True, dtype=None, model="base", revision=None
+            ),
+            parallel_config=SimpleNamespace(
+                local_engines_only=True,
+                data_parallel_size=1,
+                data_parallel_size_local=1,
+                data_parallel_index=0,
+            ),
+        )
         self._ids = count()
 
     async def collective_rpc(self, method: str, args: Any) -> list[Any]:
@@ -138,17 +164,13 @@ class Engine:
         """Take steps until `go_on` is set, with all requests in each; return the weights used."""
         states = self.output_processor.request_states
         id, used = next(self._ids), set()
-        errors: asyncio.Queue[Exception] = asyncio.Queue()
-        put = errors.put_nowait
-        states[id] = SimpleNamespace(
-            request_id=id, lora_request=lora_request, queue=SimpleNamespace(put=put)
-        )
+        errors = OutputCollector()
+        states[id] = RequestState(str(id), lora_request, errors)
         try:
             while True:
                 numbers = [each.lora_request.lora_int_id for each in states.values()]
                 self.lora.set_active_adapters(
-                    {each.lora_request for each in states.values()},
-                    SimpleNamespace(index_mapping=tuple(numbers)),
+                    {each.lora_request for each in states.values()}, Mapping(tuple(numbers))
                 )
                 used.add(digest(self.lora.cached[lora_request.lora_int_id]))
                 if not errors.empty():
@@ -158,6 +180,18 @@ class Engine:
                 await asyncio.sleep(STEP_SECONDS)
         finally:
             del states[id]
+
+
+class OutputCollector(asyncio.Queue[Exception]):
+    def put(self, output: Exception) -> None:  # type: ignore[override]
+        self.put_nowait(output)
+
+
+@dataclass
+class RequestState:
+    request_id: str
+    lora_request: Any
+    queue: OutputCollector
 
 
 def digest(weights: Any) -> str:
@@ -175,6 +209,11 @@ class LoadBody(BaseModel):
     lora_name: str
     lora_path: str
     load_inplace: bool = False
+
+
+@dataclass
+class UnloadBody:
+    lora_name: str
 
 
 class ErrorResponse:
@@ -204,14 +243,19 @@ class Models:
                 self.lora_requests[name] = found
             return found
 
-    async def load_lora_adapter(self, body: LoadBody) -> str:
-        async with self.lora_resolver_lock[body.lora_name]:
-            before = self.lora_requests.get(body.lora_name)
+    async def load_lora_adapter(self, request: LoadBody) -> str:
+        name = request.lora_name
+        async with self.lora_resolver_lock[name]:
+            before = self.lora_requests.get(name)
             number = before.lora_int_id if before else self.lora_id_counter.inc(1)
-            found = LoRARequest(body.lora_name, number, body.lora_path, body.load_inplace)
+            found = LoRARequest(name, number, request.lora_path, request.load_inplace)
             await self._engine.add_lora(found)
-            self.lora_requests[body.lora_name] = found
+            self.lora_requests[name] = found
             return "Success"
+
+    async def unload_lora_adapter(self, request: UnloadBody) -> str:
+        del self.lora_requests[request.lora_name]
+        return "Success"
 
 
 async def validate_json_request(raw_request: Request) -> None: ...
@@ -224,22 +268,36 @@ class Reply:
     json: Any
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the modules of vLLM that the plug-in imports be these."""
+def install(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let the modules of vLLM that the plug-in imports be one, which is returned."""
     module = SimpleNamespace(
+        envs=SimpleNamespace(VLLM_PLUGINS=["lorax_async"], VLLM_ALLOW_RUNTIME_LORA_UPDATING=True),
         LoRARequest=LoRARequest,
+        LoRAModel=Model,
+        LoRALayerWeights=LayerWeights,
+        LoRAMapping=Mapping,
+        get_pp_group=lambda: SimpleNamespace(world_size=1),
         GracefulHTTPError=GracefulHTTPError,
         LoadLoRAAdapterRequest=LoadBody,
+        UnloadLoRAAdapterRequest=UnloadBody,
         ErrorResponse=ErrorResponse,
+        RequestState=RequestState,
+        RequestOutputCollector=OutputCollector,
         validate_json_request=validate_json_request,
+        get_ip=lambda: "192.0.2.1",
+        get_loopback_ip=lambda: "127.0.0.1",
     )
-    serve = "vllm.entrypoints.serve"
+    serve, lora = "vllm.entrypoints.serve", "vllm.lora"
     for name in (
-        *("vllm", "vllm.lora", "vllm.lora.request", "vllm.exceptions", "vllm.entrypoints", serve),
+        *("vllm", "vllm.exceptions", "vllm.distributed", "vllm.entrypoints", serve),
+        *(lora, f"{lora}.request", f"{lora}.lora_model", f"{lora}.lora_weights", f"{lora}.layers"),
         *(f"{serve}.engine", f"{serve}.engine.protocol", f"{serve}.lora"),
         *(f"{serve}.lora.protocol", f"{serve}.utils", f"{serve}.utils.api_utils"),
+        *("vllm.v1", "vllm.v1.engine", "vllm.v1.engine.output_processor"),
+        *("vllm.utils", "vllm.utils.network_utils"),
     ):
         monkeypatch.setitem(sys.modules, name, module)
+    return module
 
 
 class GracefulHTTPError(Exception):
@@ -266,7 +324,17 @@ class Server:
         async def complete(raw_request: Request) -> JSONResponse:
             return await self._complete(await raw_request.json())
 
-        ServerPlugin().attach_router(self.app)
+        @self.app.post("/v1/load_lora_adapter")
+        async def load_lora_adapter(body: LoadBody) -> str:
+            return f"vLLM alone: {await self.models.load_lora_adapter(body)}"
+
+        self.plugin = ServerPlugin()
+        theirs = tuple(self.app.router.routes)
+        self.plugin.attach_router(self.app)
+        added = {getattr(each, "path", "") for each in self.app.router.routes[len(theirs) :]}
+        for route in theirs:  # vLLM takes out those that a plug-in replaces
+            if getattr(route, "path", "") in added:
+                self.app.router.routes.remove(route)
 
     async def _complete(self, body: Any) -> JSONResponse:
         """Check the name, tokenize, and only then look for the adapter, as vLLM does."""

@@ -1,4 +1,4 @@
-"""Adapters of Ray LLM from an `AdapterStore`: verified, within a budget.
+"""Adapters of Ray LLM from an `AdapterStore`: verified, for the base, within a budget.
 
 Ray LLM's `LLMServer` takes a `model_downloader` class. The names of its modules are private: these
 are Ray 2.60's.
@@ -7,26 +7,50 @@ are Ray 2.60's.
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
+import os
 import weakref
 from collections.abc import Callable
 from contextvars import Context
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
 
 from lorax_async.config import PEERS_REMOVED, StoreConfig
-from lorax_async.engines.plugin_settings import response_to
+from lorax_async.engines.plugin_settings import (
+    BaseRequirements,
+    FailureLog,
+    layout_for,
+    response_to,
+)
 from lorax_async.errors import ConfigError, LoraxError
+from lorax_async.planning.layout import ModelLayout
+from lorax_async.remote.hub import download_base
 from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.store import AdapterStore
-from lorax_async.types import AdapterId
+from lorax_async.types import AdapterId, as_ref, text_of
+
+MAX_RANK = 16
+"""vLLM's highest rank where `engine_kwargs` has no `max_lora_rank`."""
+
+_logger = logging.getLogger("lorax_async.engines.ray")
 
 
 def model_downloader(
-    config: StoreConfig, adapter_of: Callable[[str], AdapterId] | None = None, fleet: None = None
+    config: StoreConfig,
+    adapter_of: Callable[[str], AdapterId] | None = None,
+    fleet: None = None,
+    *,
+    check_finite: bool = True,
 ) -> type:
     """Return a class for `LLMServer(model_downloader=…)`, with one store for each replica.
+
+    An adapter is checked before Ray LLM gets it: against the base's shapes and the server's
+    `max_lora_rank`, for weights that are NaN or infinite unless `check_finite` is False, and for
+    what vLLM would not apply.
 
     `adapter_of` returns the adapter of Ray LLM's id "base:adapter"; by default, the folder
     "adapter" below `dynamic_lora_loading_path`, or without one the id "adapter" itself. Its folder
@@ -37,7 +61,9 @@ def model_downloader(
 
     class StoreDownloader(ModelDownloader):
         def __init__(self, download_timeout_s: float | None = None, max_tries: int = 1) -> None:
-            super().__init__(config, adapter_of, download_timeout_s, max_tries)
+            super().__init__(
+                config, adapter_of, download_timeout_s, max_tries, check_finite=check_finite
+            )
 
     return StoreDownloader
 
@@ -51,11 +77,15 @@ class ModelDownloader:
         adapter_of: Callable[[str], AdapterId] | None,
         download_timeout_s: float | None,
         max_tries: int,  # noqa: ARG002 - the store retries within its deadline
+        *,
+        check_finite: bool = True,
     ) -> None:
         self._config = config
         self._adapter_of = adapter_of
         self._timeout = download_timeout_s
-        self._opening: asyncio.Task[AdapterStore] | None = None
+        self._check_finite = check_finite
+        self._opening: asyncio.Task[tuple[AdapterStore, BaseRequirements]] | None = None
+        self._failures = FailureLog(_logger)
 
     async def load_model_from_config(self, lora_model_id: str, llm_config: Any) -> Any:
         """Return a `DiskMultiplexConfig` with the folder of an adapter.
@@ -68,7 +98,9 @@ class ModelDownloader:
         try:
             folder = await self._checkout(lora_model_id, llm_config)
         except LoraxError as error:
+            self._failures.note(lora_model_id, error)
             raise HTTPException(*response_to(error, lora_model_id)) from error
+        self._failures.clear(lora_model_id)
         found = DiskMultiplexConfig(
             model_id=lora_model_id,
             max_total_tokens=None,
@@ -89,9 +121,46 @@ class ModelDownloader:
         if self._opening is None or (self._opening.done() and self._opening.exception()):
             # Others wait for it, too. Ray cancels the calls of a request whose client leaves: those
             # made in its context.
-            self._opening = asyncio.create_task(self._open(), context=Context())
-        store = await asyncio.shield(self._opening)
-        return await store.checkout(adapter, timeout=self._timeout)
+            self._opening = asyncio.create_task(self._open(llm_config), context=Context())
+        store, base = await asyncio.shield(self._opening)
+        folder = await store.checkout(adapter, timeout=self._timeout)
+        try:
+            await asyncio.to_thread(base.check, folder.path)
+        except BaseException as error:
+            folder.release()
+            if isinstance(error, LoraxError):
+                raise error.located(id=text_of(as_ref(adapter))) from error.__cause__
+            raise
+        return folder
 
-    async def _open(self) -> AdapterStore:
-        return await AdapterStore(self._config).__aenter__()  # it ends with the replica's process
+    async def _open(self, llm_config: Any) -> tuple[AdapterStore, BaseRequirements]:
+        base = await asyncio.to_thread(_read_base, llm_config, self._check_finite)
+        return await AdapterStore(self._config).__aenter__(), base  # it ends with the process
+
+
+def _read_base(llm_config: Any, check_finite: bool) -> BaseRequirements:
+    """Return what the adapters of a replica have to fit. Blocks."""
+    rank = int(llm_config.engine_kwargs.get("max_lora_rank", MAX_RANK))
+    layout = _read_layout(llm_config)
+    return BaseRequirements(layout, rank, check_finite=check_finite, vectors=False)
+
+
+def _read_layout(llm_config: Any) -> ModelLayout | None:
+    """Return the base's layout, or None, after a warning, if it is not known. Blocks."""
+    try:
+        config = json.loads((_base_folder(llm_config) / "config.json").read_bytes())
+    except (OSError, ValueError, LoraxError) as error:
+        _logger.warning("adapters are not compared with the shapes of the base: %s", str(error))
+        return None
+    return layout_for(config, _logger)
+
+
+def _base_folder(llm_config: Any) -> Path:
+    """Return a folder with the base's config.json, which Ray LLM and vLLM have brought here."""
+    base = llm_config.model_loading_config.model_source or llm_config.model_id
+    if not isinstance(base, str) or "://" in base:
+        base = llm_config.get_engine_config().actual_hf_model_id
+    if os.path.isdir(base):
+        return Path(base)
+    revision = llm_config.engine_kwargs.get("revision")
+    return Path(download_base(base, revision=revision, token=None, endpoint=None, offline=True))

@@ -1,6 +1,8 @@
 """Plug-in for vLLM: adapters that requests name, without stopping the engine for them.
 
 - `plugin`: what vLLM's entry points load: a resolver of adapter names, and the server's part;
+- `interface`: the names of vLLM that all of it uses, which the start checks;
+- `checked_folders`: what is left where the server lacks some of them;
 - `served_adapters`: an adapter's way from its name to the engine, and out of it again;
 - `engine_calls`: the calls to vLLM's engine and workers;
 - `notices`: how workers tell at once what they lost;

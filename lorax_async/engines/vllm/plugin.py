@@ -10,17 +10,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
 from lorax_async import layouts
 from lorax_async.config import StoreConfig
 from lorax_async.engines.plugin_settings import BaseRequirements, PluginSettings
+from lorax_async.engines.vllm.checked_folders import CheckedFolders
 from lorax_async.engines.vllm.engine_calls import EngineCalls
+from lorax_async.engines.vllm.interface import SERVER_MODULES, SERVER_OBJECTS, find_missing
 from lorax_async.engines.vllm.notices import network_namespace, receive_notices
-from lorax_async.engines.vllm.routes import attach_metrics, attach_renewal, attach_routes, refuse
+from lorax_async.engines.vllm.routes import attach_metrics, attach_refusals, attach_routes, refuse
 from lorax_async.engines.vllm.served_adapters import ServedAdapters
 from lorax_async.errors import ConfigError, LoraxError
 from lorax_async.planning.layout import ModelLayout
@@ -36,6 +39,8 @@ class NameResolver:
 
     def __init__(self) -> None:
         self.serving: tuple[PluginSettings, ServedAdapters] | None = None
+        self.folders: CheckedFolders | None = None
+        """In place of `serving` where vLLM is not as expected."""
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:  # noqa: ARG002
         """Return a LoRARequest, or None for a name that requests may not use.
@@ -44,6 +49,8 @@ class NameResolver:
         """
         from vllm.lora.request import LoRARequest  # noqa: PLC0415
 
+        if self.folders is not None:
+            return await self._resolve_folder(self.folders, lora_name)
         if self.serving is None:
             return None
         settings, served = self.serving
@@ -59,19 +66,49 @@ class NameResolver:
         served.add(adapter, request)
         return request
 
+    async def _resolve_folder(self, folders: CheckedFolders, lora_name: str) -> Any:
+        from vllm.lora.request import LoRARequest  # noqa: PLC0415
+
+        if (ref := folders.settings.find(lora_name)) is None:
+            return None
+        try:
+            return LoRARequest(lora_name, 1, await folders.fetch(lora_name, ref))
+        except LoraxError as error:
+            raise refuse(error, lora_name) from error
+
 
 RESOLVER = NameResolver()
 """One for the process: vLLM may call `register` again."""
 
 
 def register() -> None:
-    """Register the resolver, if `VLLM_PLUGINS` names this plug-in."""
+    """Register the resolver, if `VLLM_PLUGINS` names this plug-in.
+
+    Raise `ConfigError` for wrong settings: vLLM calls this first before it parses its arguments, so
+    that they end the start in seconds, not when the model is loaded.
+    """
     from vllm import envs  # noqa: PLC0415
     from vllm.lora.resolver import LoRAResolverRegistry  # noqa: PLC0415
 
-    named = NAME in (envs.VLLM_PLUGINS or ())
-    if named and NAME not in LoRAResolverRegistry.get_supported_resolvers():
+    if NAME not in (envs.VLLM_PLUGINS or ()):
+        return
+    if parent_process() is None:  # engine and workers use none, and may not have the folders
+        read_settings()
+    if NAME not in LoRAResolverRegistry.get_supported_resolvers():
         LoRAResolverRegistry.register_resolver(NAME, RESOLVER)
+
+
+def read_settings() -> PluginSettings:
+    """Return the settings of the environment. Raise `ConfigError` if they, or vLLM's, are wrong."""
+    from vllm import envs  # noqa: PLC0415
+
+    settings = PluginSettings.from_environment(os.environ)
+    if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        raise ConfigError(
+            "the plug-in lorax_async needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1: without it vLLM asks"
+            " no resolver"
+        )
+    return settings
 
 
 class ServerPlugin:
@@ -82,11 +119,14 @@ class ServerPlugin:
 
     def __init__(self) -> None:
         self._stack = AsyncExitStack()
+        self._detach: Callable[[], None] = lambda: None
+        """Take the routes away again."""
 
     def attach_router(self, app: Any) -> None:
         """Add routes, and close the store when the server ends."""
-        attach_routes(app)
-        attach_renewal(app)
+        attach_refusals(app)
+        if not find_missing(SERVER_MODULES):
+            self._detach = attach_routes(app)
         inner = app.router.lifespan_context
 
         @asynccontextmanager
@@ -101,21 +141,26 @@ class ServerPlugin:
 
         Raise `ConfigError`, which ends the start, for wrong settings and a server without LoRA.
         """
-        from vllm import envs  # noqa: PLC0415
-
-        settings = PluginSettings.from_environment(os.environ)
-        config = engine_client.vllm_config
-        if config.lora_config is None:
+        settings = read_settings()
+        config = getattr(engine_client, "vllm_config", None)
+        if config is not None and getattr(config, "lora_config", None) is None:
             raise ConfigError("the plug-in lorax_async needs vLLM's --enable-lora")
-        if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-            raise ConfigError(
-                "the plug-in lorax_async needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1: without it vLLM"
-                " asks no resolver"
-            )
         store = AdapterStore(StoreConfig(**settings.store_settings()))
         await self._stack.enter_async_context(store)
-        engine = EngineCalls(engine_client)
-        models = state.openai_serving_models
+        models = getattr(state, "openai_serving_models", None)
+        names = (*SERVER_MODULES, *SERVER_OBJECTS)
+        if missing := find_missing(names, client=engine_client, models=models):
+            self._detach()
+            await self._serve_folders(config, settings, store, missing)
+        else:
+            state.lorax = await self._serve(engine_client, models, settings, store)
+            RESOLVER.serving = state.lorax
+        _logger.info("lorax_async: %s", settings.describe())
+
+    async def _serve(
+        self, client: Any, models: Any, settings: PluginSettings, store: AdapterStore
+    ) -> tuple[PluginSettings, ServedAdapters]:
+        engine, config = EngineCalls(client), client.vllm_config
 
         def read_base() -> BaseRequirements:
             return BaseRequirements(
@@ -139,7 +184,26 @@ class ServerPlugin:
         watch = asyncio.create_task(served.watch(), name="lorax watch")
         self._stack.callback(watch.cancel)
         attach_metrics(served, config.parallel_config.data_parallel_index)
-        RESOLVER.serving = state.lorax = settings, served
+        return settings, served
+
+    async def _serve_folders(
+        self, config: Any, settings: PluginSettings, store: AdapterStore, missing: Sequence[str]
+    ) -> None:
+        """Fetch and check adapters, and leave all else to vLLM, which lacks the names `missing`."""
+        _logger.warning(
+            "adapters are fetched and checked beside vLLM's engine, and loaded by vLLM alone, each"
+            " once: there are none of the plug-in's routes and metrics, and other versions are not"
+            " noticed. This version of lorax_async needs vLLM's %s",
+            ", ".join(missing),
+        )
+        try:
+            layout = await asyncio.to_thread(read_layout, config.model_config)
+        except AttributeError:  # among the missing ones
+            layout = None
+        rank = getattr(getattr(config, "lora_config", None), "max_lora_rank", None)
+        base = BaseRequirements(layout, rank, check_finite=settings.check_finite)
+        RESOLVER.folders = CheckedFolders(settings, store, base)
+        self._stack.callback(RESOLVER.folders.close)
 
 
 def notice_host(namespaces: Iterable[str], parallel: Any) -> str:

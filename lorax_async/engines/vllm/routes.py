@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -21,13 +20,11 @@ from lorax_async.engines.vllm.served_adapters import ServedAdapters
 from lorax_async.errors import LoraxError
 from lorax_async.types import AdapterRef
 
-_logger = logging.getLogger("vllm.lorax_async")  # vLLM writes what its children log
-
 
 class AdapterRefusal(HTTPException):
     """The response to a request whose adapter cannot be used.
 
-    vLLM answers HTTPExceptions without their headers; `attach_routes` answers these with them.
+    vLLM answers HTTPExceptions without their headers; `attach_refusals` answers these with them.
     """
 
 
@@ -47,26 +44,37 @@ async def _answer_refusal(_: Request, refusal: Exception) -> Response:
     return JSONResponse({"error": error}, refusal.status_code, refusal.headers)
 
 
-def attach_routes(app: FastAPI) -> None:
-    """Add the plug-in's routes; those for `/v1/…_lora_adapter` replace vLLM's."""
+def attach_refusals(app: FastAPI) -> None:
+    """Answer an `AdapterRefusal` with its headers."""
     app.add_exception_handler(AdapterRefusal, _answer_refusal)
-    app.add_api_route("/v1/lorax/adapters", list_adapters, methods=["GET"])
-    app.add_api_route("/v1/lorax/prefetch", prefetch, methods=["POST"])
-    app.add_api_route("/v1/load_lora_adapter", load_adapter, methods=["POST"])
-    app.add_api_route("/v1/unload_lora_adapter", unload_adapter, methods=["POST"])
 
 
-def attach_renewal(app: FastAPI) -> None:
+def attach_routes(app: FastAPI) -> Callable[[], None]:
+    """Add the plug-in's routes and renewal; those for `/v1/…_lora_adapter` replace vLLM's.
+
+    Return what restores vLLM's.
+    """
+    before = tuple(app.router.routes)
+    for path, (method, call) in ROUTES.items():
+        app.add_api_route(path, call, methods=[method])
+    renewed = _attach_renewal(app)
+
+    def restore() -> None:
+        theirs = [each for each in before if getattr(each, "path", None) in ROUTES]
+        others = [each for each in app.router.routes if getattr(each, "path", None) not in ROUTES]
+        app.router.routes[:] = [*theirs, *others]
+        del app.dependency_overrides[renewed]
+
+    return restore
+
+
+def _attach_renewal(app: FastAPI) -> Callable[..., Any]:
     """Look at what the `model` of a request means now, before vLLM does.
 
-    All of vLLM's routes whose body is JSON depend on its check of the content type. FastAPI has
-    parsed the body by then, and Starlette's request keeps it.
+    All of vLLM's routes whose body is JSON depend on its check of the content type, which is
+    returned. FastAPI has parsed the body by then, and Starlette's request keeps it.
     """
-    try:
-        from vllm.entrypoints.serve.utils.api_utils import validate_json_request  # noqa: PLC0415
-    except ImportError as error:
-        _logger.warning("served adapters are not looked at again until an unload: %s", error)
-        return
+    from vllm.entrypoints.serve.utils.api_utils import validate_json_request  # noqa: PLC0415
 
     async def validate_and_renew(raw_request: Request) -> None:
         await validate_json_request(raw_request)
@@ -84,6 +92,8 @@ def attach_renewal(app: FastAPI) -> None:
             raise refuse(error, name) from error
 
     app.dependency_overrides[validate_json_request] = validate_and_renew
+    check: Callable[..., Any] = validate_json_request
+    return check
 
 
 async def list_adapters(request: Request) -> Response:
@@ -160,6 +170,14 @@ async def unload_adapter(request: Request) -> Response:
     return PlainTextResponse(response)
 
 
+ROUTES: Mapping[str, tuple[str, Callable[..., Any]]] = {
+    "/v1/lorax/adapters": ("GET", list_adapters),
+    "/v1/lorax/prefetch": ("POST", prefetch),
+    "/v1/load_lora_adapter": ("POST", load_adapter),
+    "/v1/unload_lora_adapter": ("POST", unload_adapter),
+}
+
+
 def _serving(request: Request) -> tuple[PluginSettings, ServedAdapters]:
     serving: tuple[PluginSettings, ServedAdapters] = request.app.state.lorax
     return serving
@@ -188,14 +206,54 @@ async def _read(request: Request, kind: Any) -> Any:
 # -- metrics --------------------------------------------------------------------------------------
 
 
+WAIT_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
 class AdapterCollector(Collector):
-    """What was where at the last refresh, named as in vLLM's PR #45411, and the workers' counts."""
+    """The metrics of the plug-in, without I/O: where adapters were at the last refresh, and counts.
+
+    Those of single adapters are named as in vLLM's PR #45411.
+    """
 
     def __init__(self, served: ServedAdapters, engine: str) -> None:
         self._served = served
         self._engine = engine
+        self._waits = Histogram(
+            "lorax_wait_seconds",
+            "Of requests for adapters that were not ready, until these were, or had failed.",
+            buckets=WAIT_SECONDS,
+            registry=None,
+        )
+        served.on_wait = self._waits.observe
 
     def collect(self) -> Iterator[Metric]:
+        yield from self._tiers()
+        counter = CounterMetricFamily(
+            "lorax_worker_adapters",
+            "Adapters built in a thread; served from host memory; loaded inside vLLM's loop;"
+            " read from open files after their folder was gone; lost.",
+            labels=["event"],
+        )
+        for event, count in self._served.counts.items():
+            counter.add_metric([event], count)
+        yield counter
+        downloads = self._served.downloads
+        for name, text, total in (
+            ("downloads", "Adapters downloaded from their source.", downloads.downloads),
+            ("downloaded_bytes", "Bytes of these adapters.", downloads.downloaded_bytes),
+        ):
+            yield CounterMetricFamily(f"lorax_{name}", text, value=total)
+        failures = CounterMetricFamily(
+            "lorax_failures", "Attempts to get an adapter that failed.", labels=["stage", "error"]
+        )
+        for kind, count in sorted(self._served.failures.counts.items()):
+            failures.add_metric(kind, count)
+        yield failures
+        text = "Requests that wait for an adapter which is not ready."
+        yield GaugeMetricFamily("lorax_waiting", text, value=self._served.waiting)
+        yield from self._waits.collect()
+
+    def _tiers(self) -> Iterator[Metric]:
         levels = {"device": "gpu", "host": "cpu"}
         loaded = GaugeMetricFamily(
             "vllm:lora_adapter_loaded",
@@ -216,17 +274,8 @@ class AdapterCollector(Collector):
             )
             gauge.add_metric([self._engine], number[tier])
             yield gauge
-        counter = CounterMetricFamily(
-            "lorax_worker_adapters",
-            "Adapters built in a thread; served from host memory; loaded inside vLLM's loop;"
-            " read from open files after their folder was gone; lost.",
-            labels=["event"],
-        )
-        for event, count in self._served.counts.items():
-            counter.add_metric([event], count)
-        yield counter
 
 
 def attach_metrics(served: ServedAdapters, engine: int | None) -> None:
-    """Add the plug-in's metrics to those of vLLM's server."""
+    """Add the plug-in's metrics to prometheus_client's registry, which vLLM's server shows."""
     REGISTRY.register(AdapterCollector(served, str(engine or 0)))

@@ -13,11 +13,16 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
-from lorax_async.engines.plugin_settings import BaseRequirements, PluginSettings
+from lorax_async.engines.plugin_settings import (
+    BaseRequirements,
+    FailureLog,
+    PluginSettings,
+    explain,
+)
 from lorax_async.engines.vllm.engine_calls import EngineCalls
 from lorax_async.errors import FetchError, IntegrityError, LoraxError
 from lorax_async.lru import remember
-from lorax_async.runtime.folders import AdapterFolder
+from lorax_async.runtime.folders import AdapterFolder, StoreStatistics
 from lorax_async.store import AdapterStore
 from lorax_async.types import AdapterKey, AdapterRef
 
@@ -31,7 +36,7 @@ MAX_SERVED = 256
 """Adapters that vLLM names at once, as long as others are idle: each has open files."""
 
 MAX_REMEMBERED = 256
-"""Names of failed and of prefetched adapters."""
+"""Names of prefetched adapters."""
 
 ATTEMPTS = 3
 """Builds of an adapter that changes meanwhile."""
@@ -110,7 +115,11 @@ class ServedAdapters:
         self._local_versions: dict[str, tuple[AdapterKey, int]] = {}
         self._leaving: list[ServedAdapter] = []
         self._prefetched: OrderedDict[str, ServedAdapter] = OrderedDict()
-        self._errors: OrderedDict[str, str] = OrderedDict()
+        self.failures = FailureLog(_logger)
+        self.waiting = 0
+        """Requests that wait for an adapter which is not ready."""
+        self.on_wait: Callable[[float], object] = lambda _: None
+        """Called with the seconds of each wait."""
         self._uses: Counter[str] = Counter()
         self._report: Mapping[str, Any] = {}
         self._lock = asyncio.Lock()
@@ -128,35 +137,50 @@ class ServedAdapters:
         Raise what `AdapterStore.checkout` raises, `IncompatibleAdapterError` if it does not fit
         the base, and `UnsupportedAdapterError` if vLLM cannot load it. Nothing stays leased.
         """
-        adapter = await self._prepare(name, ref)
+        try:
+            return await self._wait_for(name, ref, in_place=in_place)
+        except LoraxError as error:
+            self.failures.note(name, error)
+            raise
+
+    async def _wait_for(self, name: str, ref: AdapterRef, *, in_place: bool) -> ServedAdapter:
+        """Prepare an adapter for a request that waits, for which failures are noted elsewhere."""
+        began = monotonic()
+        self.waiting += 1
+        try:
+            adapter = await self._prepare(name, ref)
+            await self._wait_for_earlier(adapter, in_place=in_place)
+            return adapter
+        finally:
+            self.waiting -= 1
+            self.on_wait(monotonic() - began)
+
+    async def _wait_for_earlier(self, adapter: ServedAdapter, *, in_place: bool) -> None:
+        """Wait for requests of an earlier version of the name that must not share a step."""
         try:
             # Unless they are extended, vLLM's workers take two of one name in a batch for one.
             may_mix = not (in_place or self._engine.extended)
-            while may_mix and self._has_requests(name):  # noqa: ASYNC110 - vLLM sets no event
+            while may_mix and self._has_requests(adapter.name):  # noqa: ASYNC110 - vLLM has no event
                 await asyncio.sleep(POLL)
         except BaseException:
             self._discard_later(adapter)
             raise
-        return adapter
 
     async def _prepare(self, name: str, ref: AdapterRef) -> ServedAdapter:
         for _ in range(ATTEMPTS):
             try:
                 folder = await self._store.checkout(ref)
             except LoraxError as error:
-                self._note(name, error)
-                raise
+                raise explain(error, ref) from error.__cause__
             adapter = ServedAdapter(name, ref, self._path_of(folder), folder)
             if await self._build(adapter, folder.key):
                 return adapter
             await self._release(adapter, keep_copy=False)
-        changing = IntegrityError(
+        raise IntegrityError(
             "its files changed each time while they were read; save to a new folder and rename"
             " it into place",
             id=ref.text,
         )
-        self._note(name, changing)
-        raise changing
 
     def _path_of(self, folder: AdapterFolder) -> str:
         """Return the folder's path, spelled in another way for each version of a local folder."""
@@ -184,8 +208,7 @@ class ServedAdapters:
             self._discard_later(adapter)
             if not isinstance(error, LoraxError):
                 raise
-            located = error.located(id=adapter.ref.text)
-            self._note(adapter.name, located)
+            located = explain(error.located(id=adapter.ref.text), adapter.ref)
             raise located from error.__cause__
 
     async def load_base(self) -> BaseRequirements:
@@ -197,7 +220,7 @@ class ServedAdapters:
     def add(self, adapter: ServedAdapter, request: Any) -> None:
         """Keep an adapter as long as vLLM names it; the name's earlier one leaves."""
         adapter.request = request
-        self._errors.pop(adapter.name, None)
+        self.failures.clear(adapter.name)
         self._prefetched.pop(adapter.name, None)
         if (before := self._served.get(adapter.name)) is not None:
             self._leaving.append(before)
@@ -219,11 +242,12 @@ class ServedAdapters:
                 is_done = await self._renew(adapter)
             except LoraxError as error:
                 adapter.is_refused = True
-                self._note(name, error)
-                raise
+                explained = explain(error, adapter.ref)
+                self.failures.note(name, explained)
+                raise explained from error.__cause__
             if is_done:
                 adapter.is_refused = False
-                self._errors.pop(name, None)
+                self.failures.clear(name)
                 return
 
     async def _renew(self, adapter: ServedAdapter) -> bool:
@@ -242,7 +266,7 @@ class ServedAdapters:
 
     async def _replace(self, adapter: ServedAdapter) -> None:
         """Give an adapter's name to the version that it means now. vLLM's lock is held."""
-        new = await self.prepare(adapter.name, adapter.ref)
+        new = await self._wait_for(adapter.name, adapter.ref, in_place=False)
         new.is_resolvable = adapter.is_resolvable
         request = copy(adapter.request)
         request.lora_int_id = self._models.lora_id_counter.inc(1)
@@ -272,7 +296,7 @@ class ServedAdapters:
                 async with self._background:
                     prepared = await self._prepare(adapter.name, adapter.ref)
             except LoraxError as error:
-                _logger.warning("vLLM alone loads an adapter of --lora-modules: %s", str(error))
+                self.failures.note(adapter.name, error, "of --lora-modules is loaded by vLLM alone")
                 continue
             if self._served.get(adapter.name) is adapter and self._is_named(adapter):
                 prepared.is_fixed = True
@@ -312,14 +336,11 @@ class ServedAdapters:
             async with self._background:  # a request waits for one to be built, not for all
                 adapter = await self._prepare(name, ref)
         except LoraxError as error:
-            self._note(name, error)
+            self.failures.note(name, explain(error, ref))
             return
         await self.discard(adapter)
         if name not in self._served:
             remember(self._prefetched, name, adapter, MAX_REMEMBERED)
-
-    def _note(self, name: str, error: LoraxError) -> None:
-        remember(self._errors, name, str(error), MAX_REMEMBERED)
 
     # -- out of the engine ------------------------------------------------------------------------
 
@@ -411,7 +432,7 @@ class ServedAdapters:
         problem = f"its files could not be read again: {reason}"
         for name, named in tuple(self._models.lora_requests.items()):
             if named.lora_path == path:
-                self._note(name, FetchError(problem, id=name))
+                self.failures.note(name, FetchError(problem, id=name))
                 del self._models.lora_requests[name]
         await self._engine.fail(path, problem)
 
@@ -432,6 +453,10 @@ class ServedAdapters:
         """What the workers did since they started, as of the last refresh."""
         counts: Mapping[str, int] = self._report.get("counts", {})
         return counts
+
+    @property
+    def downloads(self) -> StoreStatistics:
+        return self._store.statistics()
 
     def tiers(self) -> Iterable[tuple[str, str]]:
         """Yield the name and tier ("device", "host" or "disk") of each adapter, as last seen."""
@@ -454,14 +479,14 @@ class ServedAdapters:
                 "tier": self._tier(adapter),
                 "bytes": adapter.nbytes,
                 "version": adapter.version,
-                "last_error": self._errors.get(adapter.name),
+                "last_error": self.failures.text(adapter.name),
             }
             for adapter in (*self._served.values(), *self._prefetched.values())
         ]
         named = {row["name"] for row in rows}
         rows += [
-            {"name": name, "tier": None, "last_error": text}
-            for name, text in self._errors.items()
+            {"name": name, "tier": None, "last_error": self.failures.text(name)}
+            for name in self.failures
             if name not in named
         ]
         return rows

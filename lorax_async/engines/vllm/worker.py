@@ -7,7 +7,6 @@ a thread; the loop only copies the result into a slot.
 
 from __future__ import annotations
 
-import inspect
 import os
 import tempfile
 from collections import OrderedDict
@@ -17,6 +16,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from lorax_async.engines.vllm.interface import WORKER, find_missing
 from lorax_async.engines.vllm.notices import NoticeAddress, network_namespace, send_notice
 from lorax_async.errors import shorten
 from lorax_async.lru import remember
@@ -26,30 +26,12 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 MAX_REQUESTS = 4096
 """LoRARequests that a worker remembers; the one that was loaded longest ago goes first."""
 
-_UNEXPECTED = "vLLM's WorkerLoRAManager has no {}, which this version of lorax_async needs"
-
 
 def unexpected_interface(lora: Any) -> str | None:
     """Return why a worker's LoRA object cannot be extended, or None if it is as expected."""
-    load = getattr(lora, "_load_adapter", None)
-    if not callable(load) or list(inspect.signature(load).parameters) != ["lora_request"]:
-        return _UNEXPECTED.format("_load_adapter(lora_request)")
-    activate = getattr(lora, "set_active_adapters", None)
-    if not callable(activate) or list(inspect.signature(activate).parameters) != [
-        "requests",
-        "mapping",
-    ]:
-        return _UNEXPECTED.format("set_active_adapters(requests, mapping)")
-    adapters = getattr(lora, "_adapter_manager", None)
-    merge = getattr(adapters, "_create_merged_loras_inplace", None)
-    if not callable(merge) or list(inspect.signature(merge).parameters) != ["lora_model"]:
-        return _UNEXPECTED.format("_adapter_manager._create_merged_loras_inplace(lora_model)")
-    for name in ("modules", "device", "lora_index_to_id", "list_adapters", "create_dummy_lora"):
-        if not hasattr(adapters, name):
-            return _UNEXPECTED.format(f"_adapter_manager.{name}")
-    if not hasattr(lora, "embedding_modules"):
-        return _UNEXPECTED.format("embedding_modules")
-    if getattr(adapters, "_is_moe", True):
+    if missing := find_missing(WORKER, lora=lora):
+        return f"this version of lorax_async needs vLLM's {', '.join(missing)}"
+    if lora._adapter_manager._is_moe:  # noqa: SLF001
         return "vLLM stacks the experts of this model while it loads, which cannot be done twice"
     return None
 

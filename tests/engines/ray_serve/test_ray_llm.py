@@ -8,9 +8,11 @@ from typing import Any
 
 import peft
 import pytest
+import tiny
 from user_loads import at
 
 from engines.ray_serve.conftest import ADAPTERS, World
+from engines.test_ray_llm_checks import BASE
 from lorax_async import AdapterStore, Allow, StoreConfig
 from lorax_async.engines.ray.ray_llm import model_downloader
 from lorax_async.sources.local import WEIGHTS
@@ -46,12 +48,15 @@ def test_openais_client_gets_adapters_from_ray_llms_server(
     folders = [world.root / "adapters" / name for name in list(world.digests)[:ADAPTERS]]
     for folder in folders:
         world.put(BUCKET, folder.name, folder)
+    world.put(BUCKET, "other-base", tiny.write(tmp_path / "other-base", hidden=48))
+    (tmp_path / "config.json").write_text(json.dumps(BASE))
     size = sum(file.stat().st_size for file in folders[0].iterdir())
     config = StoreConfig(
         allow=(Allow("s3", BUCKET),), cache_dir=tmp_path / "cache", cache_bytes=int(2.5 * size)
     )
     llm = LLMConfig(
-        model_loading_config={"model_id": "base"},
+        model_loading_config={"model_id": "base", "model_source": str(tmp_path)},
+        engine_kwargs={"max_lora_rank": 256},
         lora_config={
             "dynamic_lora_loading_path": f"s3://{BUCKET}/",
             "max_num_adapters_per_replica": 2,
@@ -91,11 +96,12 @@ def test_openais_client_gets_adapters_from_ray_llms_server(
     assert peft.PeftConfig.from_pretrained(answers[0][0]).r == 200
     assert world.fetches(BUCKET) == 2
     assert ask("a001") == answers[1]  # Ray drops the other one, before it loads
-    for name, status in {"nobody": 404, "../caches": 400, "": 400}.items():
+    for name, status in {"nobody": 404, "../caches": 400, "": 400, "other-base": 400}.items():
         with pytest.raises(openai.APIStatusError) as refused:
             ask(name)
         assert refused.value.status_code == status
-        assert f"adapter 'base:{name}', stage resolve: " in refused.value.response.text
+        stage = "verify" if name == "other-base" else "resolve"
+        assert f"adapter 'base:{name}', stage {stage}: " in refused.value.response.text
     assert ask("a001") == answers[1]
     assert digest(ask("a002")[0]) == world.digests["a002"]
     assert not Path(answers[0][0]).exists()
@@ -110,7 +116,11 @@ async def test_without_a_path_adapters_are_the_hubs(
 ) -> None:
     from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
 
-    llm = LLMConfig(model_loading_config={"model_id": "base"}, lora_config={})
+    llm = LLMConfig(
+        model_loading_config={"model_id": "base"},
+        engine_kwargs={"max_lora_rank": 256},
+        lora_config={},
+    )
     config = StoreConfig(
         hub_endpoint=world.hub.endpoint,
         hub_cache="off",

@@ -9,6 +9,7 @@ from urllib.request import Request, urlopen
 import pytest
 import torch
 from peft_adapters import active, save
+from scraping import of, parsed
 from server_world import llama_config, tokenizer
 from transformers import LlamaForCausalLM
 
@@ -60,6 +61,11 @@ def test_openais_client_gets_pefts_text_from_replicas(client: Any, tmp_path: Pat
         assert len(text) - len(answered) < 8 < 20 < len(answered)
         chunks = client.completions.create(model=name, stream=True, **asked)
         assert "".join(chunk.choices[0].text for chunk in chunks) == answered
+    with urlopen(str(client.base_url).removesuffix("v1/") + "metrics", timeout=60) as answer:
+        samples = parsed(answer.read().decode())
+    tokens = of(samples, "lorax_server_prompt_tokens_total")
+    assert len(tokens) == 2, "each replica has its own"
+    assert sum(tokens.values()) == 4 * len(expected) * len(tokenizer()(PROMPT)["input_ids"])
     assert {model.id for model in client.models.list()} == {"b", "one", "two"}
     url = f"{client.base_url}completions"
     with pytest.raises(HTTPError, match="400") as refusal:  # not silence: no router reads the name

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from engines.sglang_plugin.conftest import ATTENTION, NOBODY, REMOTE, Server
 from link import Link
-from lorax_async import AdapterRef, AdapterStore, ConfigError
+from lorax_async import AdapterRef, AdapterStore
 from lorax_async.engines.sglang import register
 
 UNKNOWN = "never been loaded"
@@ -64,6 +64,17 @@ async def test_a_folder_that_was_replaced_is_loaded_again_for_later_requests(
     await asyncio.sleep(1.1)
     with pytest.raises(ValueError, match="no such folder"):
         await server.resolve("swapped")
+
+
+async def test_a_failed_adapter_leaves_one_line_in_the_log(
+    server: Server, local: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (save(llama(), ATTENTION, local / "torn") / "adapter_config.json").write_text("{")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="'torn'"):
+            await server.resolve("torn")
+    ours = [each.getMessage() for each in caplog.records if "lorax_async" in each.name]
+    assert [text.partition(":")[0] for text in ours] == ["the adapter 'torn' cannot be used"]
 
 
 async def test_what_sglang_unloads_makes_room_and_comes_again(
@@ -335,18 +346,17 @@ async def test_an_unexpected_sglang_is_left_alone(
     hooks: list[str] = []
     monkeypatch.setattr(HookRegistry, "register", lambda target, *_: hooks.append(target))
     register()
-    assert len(hooks) == 3
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="timeout"):
+    assert len(hooks) == 4
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="LORAX_ASYNC_TIMEOUT"):
         patch.setenv("LORAX_ASYNC_TIMEOUT", "-1")
-        register()
-    del hooks[3:]  # the scale needs no settings
+        register()  # SGLang logs other exceptions, and starts
     monkeypatch.setenv("SGLANG_PLUGINS", "another")
     register()
     monkeypatch.setenv("SGLANG_PLUGINS", "another, lorax_async")
     monkeypatch.setattr(TokenizerManager, "_resolve_lora_path", changed)
     monkeypatch.delattr(LoRAAdapter, "__init__")
     register()
-    assert len(hooks) == 3
+    assert len(hooks) == 4
     ours = [record.message for record in caplog.records if "lorax_async" in record.name]
     assert [message.partition(":")[0] for message in ours] == [
         "requests may name loaded adapters only",

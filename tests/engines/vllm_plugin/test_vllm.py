@@ -244,6 +244,10 @@ def test_prefetch_brings_weights_to_host_memory(
     assert row["bytes"] > 0
     metrics = server.get("/metrics").body
     assert 'vllm:lora_adapter_loaded{adapter_name="blue",engine="0",level="gpu"} 1.0' in metrics
+    ours = dict(each.rsplit(" ", 1) for each in metrics.splitlines() if each.startswith("lorax_"))
+    assert {"lorax_downloads_total", "lorax_downloaded_bytes_total"} <= ours.keys()
+    assert float(ours["lorax_wait_seconds_count"]) >= 1
+    assert float(ours["lorax_waiting"]) == 0
 
 
 def test_an_adapter_loaded_in_place_is_loaded_once(
