@@ -177,6 +177,8 @@ def from_pretrained(
         if isinstance(layers, int) and layers > MAX_LAYERS:
             raise ConfigError(f"{str(folder)!r} has {layers:,} layers; {MAX_LAYERS:,} is the limit")
     layout = decoder_layout(config) if _is_causal(config) else None
+    if layout is not None:
+        layout = replace(layout, architecture=_architecture(config) or "")
     own: object = config.get("dtype") or config.get("torch_dtype")
     if layout is None:
         model, own = _build_model(folder)
@@ -186,9 +188,15 @@ def from_pretrained(
 
 def _is_causal(config: Mapping[str, JsonValue]) -> bool:
     """Return whether a config names a causal class or a bare backbone, or no class."""
+    name = _architecture(config)
+    return name is None or name.endswith(("ForCausalLM", "LMHeadModel", "Model"))
+
+
+def _architecture(config: Mapping[str, JsonValue]) -> str | None:
+    """Return the class of transformers by which a base was saved, as its config names it."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    return not isinstance(name, str) or name.endswith(("ForCausalLM", "LMHeadModel", "Model"))
+    return name if isinstance(name, str) else None
 
 
 def _require_config(folder: Path) -> None:

@@ -175,6 +175,7 @@ def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
     _check_initialisation(config.get("init_lora_weights"))
     _check_combination(config)
     base, layers = config.get("base_model_name_or_path"), config.get("layers_to_transform")
+    task = config.get("task_type")
     layers = layers if isinstance(layers, list) else [layers]
     read_rank = partial(_read_rank, max_rank=limits.max_rank)
     return AdapterSpec(
@@ -189,6 +190,8 @@ def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
         layer_patterns=_read_layer_patterns(config.get("layers_pattern")),
         ensure_weight_tying=bool(config.get("ensure_weight_tying")),
         base_model=base if isinstance(base, str) else None,
+        base_class=_read_base_class(config.get("auto_mapping")),
+        task=task if isinstance(task, str) else None,
         fan_in_fan_out=config.get("fan_in_fan_out") is True,
         dora=config.get("use_dora") is True,
         lora_bias=config.get("lora_bias") is True,
@@ -247,6 +250,11 @@ def _check_layers(config: Mapping[str, JsonValue]) -> str | None:
     if config.get("layers_pattern") and config.get("layers_to_transform") is None:
         return "layers_pattern without layers_to_transform"
     return None
+
+
+def _read_base_class(mapping: JsonValue) -> str | None:
+    found = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _read_rank(name: str, value: JsonValue, *, max_rank: int) -> int:

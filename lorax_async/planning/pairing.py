@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 from lorax_async.config import Limits
@@ -67,8 +68,9 @@ def pair_tensors(
     try:
         return _pair(header, spec, layout, limits)
     except IncompatibleAdapterError as error:
+        fit = _describe_other_class(header.tensors, spec, layout)
         bases = _describe_bases(header.tensors, spec, layout)
-        raise IncompatibleAdapterError(f"{error.problem}; {bases}") from None
+        raise IncompatibleAdapterError(f"{error.problem}{fit}; {bases}") from None
 
 
 def _pair(
@@ -339,6 +341,69 @@ def _describe_bases(tensors: Sequence[TensorSpan], spec: AdapterSpec, layout: Mo
         f" {_most_common(widths)}); this loader serves {served} ({known}layers up to"
         f" {layout.num_layers - 1}, width {_most_common(own)})"
     )
+
+
+_TASK_CLASSES = {
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "ForConditionalGeneration",
+}
+"""The ends of transformers' classes by PEFT's `task_type`."""
+
+_ROOTS = 8  # prefixes of missing modules that are compared with the layout's
+
+_TASK_HEADS = frozenset({"lm_head", "score", "classifier", "qa_outputs"})
+"""The modules that some of these classes have, and others of the same base do not."""
+
+
+def _describe_other_class(
+    tensors: Sequence[TensorSpan], spec: AdapterSpec, layout: ModelLayout
+) -> str:
+    """Name the class of the same base that the adapter's names fit; "" if there is none.
+
+    Another class has another path before the layers, or another head.
+    """
+    paths = {parse_tensor_name(span.name).module for span in tensors}
+    missing = sorted(path for path in paths if layout.resolve(path) is None)
+    roots = {tuple(path.split(".")[:2]): path for path in reversed(missing)}
+    pairs = (_counterpart(path, missing, layout) for path in islice(roots.values(), _ROOTS))
+    renamed = next(filter(None, pairs), None)
+    head = next((path for path in missing if path in _TASK_HEADS), None)
+    own = layout.architecture or "this loader's class"
+    if renamed is not None:
+        path, counterpart = renamed
+        difference = f"has {shorten(path, 100)!r} where {own} has {shorten(counterpart, 100)!r}"
+    elif head is not None and len(missing) < len(paths):
+        difference = f"has {head!r}, which {own} does not have"
+    else:
+        return ""
+    stem = layout.architecture.removesuffix("LMHeadModel").partition("For")[0]
+    by_task = _TASK_CLASSES.get(spec.task or "")
+    name = spec.base_class or (f"{stem}{by_task}" if stem and by_task and renamed is None else "")
+    known = f"{shorten(name, 100)}, which" if name and name != own else "one that"
+    return f"; its names fit another class of the same base, {known} {difference}"
+
+
+def _counterpart(path: str, missing: Sequence[str], layout: ModelLayout) -> tuple[str, str] | None:
+    """Return `path` and the layout's module that differs from it in what precedes the layers.
+
+    The same exchange has to lead to modules of the layout for all of `missing` that begin alike.
+    """
+    rest = path
+    while rest := rest.partition(".")[2]:
+        before = path.removesuffix(rest)
+        if layer_index(before) is not None:
+            return None
+        for module in layout.modules:
+            own = module.name.removesuffix(rest)
+            if own == module.name or layer_index(own) is not None or not f".{own}".endswith("."):
+                continue
+            alike = (name.removeprefix(before) for name in missing if name.startswith(before))
+            if all(layout.resolve(own + name) is not None for name in alike):
+                return path, module.name
+    return None
 
 
 def _most_common(sizes: Counter[int]) -> str:

@@ -370,6 +370,42 @@ def test_what_does_not_fit_is_refused(
         assert ";" in str(caught.value)  # what is wrong; what to do
 
 
+CAUSAL = "LlamaForCausalLM"
+SERVED = replace(LAYOUT, architecture=CAUSAL)
+IMAGES = [*pair("model.language_model.layers.0.q", 8, 4), *pair("model.vision.layers.0.w", 3, 3)]
+SCORED = [*GOOD, *pair("score", 8, 2)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "tensors", "named"),
+    [
+        (
+            {"base_class": "LlamaAndEyes"},
+            IMAGES,
+            f"LlamaAndEyes, which has 'model.language_model.layers.0.q' where {CAUSAL} has '{Q}'",
+        ),
+        ({}, IMAGES, "another class of the same base, one that has 'model.language_model"),
+        (
+            {"task": "SEQ_CLS"},
+            SCORED,
+            f"LlamaForSequenceClassification, which has 'score', which {CAUSAL} does not have",
+        ),
+        # A deeper base, another width of it, and one of which no module is here.
+        ({}, [*GOOD, *pair("model.layers.7.q", 8, 4)], None),
+        ({}, pair("model.language_model.layers.7.q", 8, 4), None),
+        ({}, pair("transformer.h.0.attn", 8, 4), None),
+        ({}, pair("score", 8, 2), None),
+    ],
+)
+def test_names_of_another_class_of_the_base_name_that_class(
+    fields: dict[str, Any], tensors: list[Named], named: str | None
+) -> None:
+    with pytest.raises(IncompatibleAdapterError) as caught:
+        plan(file_of(tensors), replace(SPEC, **fields), SERVED)
+    assert ("another class" in str(caught.value)) == (named is not None)
+    assert (named or "") in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("fields", "left_out"),
     [
