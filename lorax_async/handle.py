@@ -16,7 +16,7 @@ from lorax_async.config import Shard
 from lorax_async.devices.base import Device
 from lorax_async.errors import AdapterTimeoutError, LoraxError, Stage, UsageError
 from lorax_async.events import SlotId
-from lorax_async.formats.peft_names import TensorRole
+from lorax_async.formats.tensor_kinds import TensorRole
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import TableRow
 from lorax_async.runtime.leases import AdapterVectors, Lease

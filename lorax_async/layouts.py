@@ -32,13 +32,13 @@ from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import (
     HEADS,
     WEIGHT_DTYPES,
-    TensorRole,
     layer_index,
     matrix_error,
     parse_tensor_name,
 )
 from lorax_async.formats.safetensors import Header, TensorSpan
 from lorax_async.formats.strict_json import JsonValue, parse_object
+from lorax_async.formats.tensor_kinds import TensorRole
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from lorax_async.planning.model_families import (
     HEAD_COUNTS,
@@ -183,7 +183,8 @@ def from_pretrained(
     if layout is None:
         model, own = _build_model(folder)
         layout = from_module(model, "float32")
-    return replace(layout, dtype=_dtype_name(dtype or own), base=str(base))
+    shown = f"{base}@{revision}" if revision and not os.path.isdir(base) else str(base)
+    return replace(layout, dtype=_dtype_name(dtype or own), base=shown)
 
 
 def _is_causal(config: Mapping[str, JsonValue]) -> bool:

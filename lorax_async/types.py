@@ -358,9 +358,9 @@ class AdapterSpec:
     """Whether a head tied to the embedding gets the embedding's adapter."""
     base_model: str | None = None
     """`base_model_name_or_path`: a label, if present."""
-    base_class: str | None = None
-    """The class of the base on which it was trained, by `auto_mapping`, if present."""
-    task: str | None = None
+    base_class: str | None = field(default=None, compare=False)
+    """The class of the base on which it was trained, by `auto_mapping`, if present: for errors."""
+    task: str | None = field(default=None, compare=False)
     """`task_type`, if present: PEFT's word for the class."""
     fan_in_fan_out: bool = False
     """Whether the base stores transposed weights; checked against the layout."""

@@ -97,7 +97,7 @@ def merge_folders(
                     raise errors.IntegrityError("it was saved while it was opened; merge it again")
                 header = parse_header(prefix, reader.nbytes, limits)
                 spec = parse_config(configs[-1], limits)
-                for pair in pair_tensors(header, spec, layout, limits):
+                for pair in pair_tensors(header, spec, layout, limits).pairs:
                     a, b = (FileTensor(file, span.name) for span in (pair.a, pair.b))
                     part = number, Layer(str(folder), a, b, pair.scale)
                     found.setdefault(pair.module, []).append(part)

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
-from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar, cast
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn.functional import embedding, linear
 
 from lorax_async.devices.base import Device
+from lorax_async.devices.base_copies import BaseCopies, plain_weight
 from lorax_async.engines.layer_gate import LayerGate, PassSpans
 from lorax_async.errors import LoraxError, UsageError
-from lorax_async.formats.peft_names import TensorRole
+from lorax_async.formats.tensor_kinds import TensorRole
 from lorax_async.handle import AdapterHandle
 from lorax_async.lru import remember
 from lorax_async.planning.batch_plan import BASE_ONLY, plan_rows
@@ -163,13 +164,10 @@ def _factor(magnitude: torch.Tensor, operands: Operands, adapted: AdaptedModule)
 
 def _weight_rows(adapted: AdaptedModule) -> torch.Tensor:
     """Return the base's weight as `[out, in]`. Raises `UsageError` for a packed one."""
-    module, weight = adapted.module, adapted.base.weight
-    assert isinstance(weight, torch.Tensor)  # checked by `attach`
-    rows = weight.T if module.transposed or module.embedding else weight
-    # Any other type is packed, whatever dtype and shape it reports.
-    plain = type(weight) in {torch.Tensor, nn.Parameter} and weight.is_floating_point()
-    if plain and not weight.is_meta and rows.shape == (module.out_features, module.in_features):
-        return rows
+    module, weight = adapted.module, plain_weight(adapted.base)
+    if weight is not None and weight.shape == module.weight_shape:
+        return weight.T if module.transposed or module.embedding else weight
+    weight = cast(torch.Tensor, adapted.base.weight)  # checked by `attach`
     raise UsageError(
         f"DoRA needs the base's weight, and that of module {module.name!r} is a"
         f" {type(weight).__name__} of {weight.dtype} on {weight.device}; load the model with plain"
@@ -193,7 +191,7 @@ class LoaderLocation:
     """A loader's device and event loop, with what an attached model keeps for its adapters.
 
     `tables` are the device's; `factors` belong to the model's weights; `plans` to the latest
-    batches.
+    batches. `copies` compare with the model while it is attached.
     """
 
     device: Device
@@ -201,6 +199,7 @@ class LoaderLocation:
     loop: asyncio.AbstractEventLoop
     factors: DoraFactors
     plans: PlanCache[BatchPlans]
+    copies: BaseCopies
     tracer: Tracer = field(default_factory=Tracer)
 
 

@@ -7,11 +7,12 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from http import HTTPStatus
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lorax_async import layouts
-from lorax_async.adapters.weights_file import require_finite
-from lorax_async.config import GiB, Limits, StoreConfig, parse_size
+from lorax_async.adapters.weights_file import require_base_copies, require_finite
+from lorax_async.config import BaseCopyRule, GiB, Limits, StoreConfig, parse_size
+from lorax_async.devices.base_copies import BaseCopies
 from lorax_async.errors import (
     ConfigError,
     IncompatibleAdapterError,
@@ -33,14 +34,16 @@ from lorax_async.ids import (
 )
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.pairing import pair_tensors
+from lorax_async.planning.sharding import shard_layout
+from lorax_async.planning.transfer_plan import BaseCopy
 from lorax_async.sources.local import CONFIG, read_header
-from lorax_async.types import AdapterRef
+from lorax_async.types import AdapterRef, require_one_of
 
 PREFIX = "LORAX_ASYNC_"
 NAMES = frozenset(
     {
         *("SOURCES", "ADAPTERS", "CACHE_DIR", "CACHE_BYTES", "HOST_BYTES", "TIMEOUT", "TOKEN"),
-        *("REVALIDATE", "ALLOW_STALE", "CHECK_FINITE"),
+        *("REVALIDATE", "ALLOW_STALE", "CHECK_FINITE", "BASE_COPIES"),
     }
 )
 
@@ -67,6 +70,8 @@ class PluginSettings:
     """While a source cannot be reached, use the version that it last named."""
     check_finite: bool = True
     """Refuse weights that are NaN or infinite: one such adapter ruins an engine's prefix cache."""
+    base_copies: BaseCopyRule = "refuse"
+    """Compare copies of the base's weights with its files, or "trust" them, as engines do."""
     token: str | None = field(default=None, repr=False)
     """The bearer token for http(s) sources; the hub has `HF_TOKEN`."""
 
@@ -102,6 +107,9 @@ class PluginSettings:
         for name in ("ALLOW_STALE", "CHECK_FINITE"):
             if name in given:
                 values[name.lower()] = _parse_switch(name, given[name])
+        if "BASE_COPIES" in given:
+            values["base_copies"] = given["BASE_COPIES"]
+            require_one_of(f"{PREFIX}BASE_COPIES", given["BASE_COPIES"], get_args(BaseCopyRule))
         settings = cls(**values)
         StoreConfig(**settings.store_settings())  # raises for values out of range
         return settings
@@ -203,6 +211,9 @@ class BaseRequirements:
     max_rank: int | None
     _: KW_ONLY
     check_finite: bool = True
+    base: str = ""
+    """The base's folder, or its id in the hub cache, where the layout does not name it."""
+    base_copies: BaseCopyRule = "refuse"
 
     def check(self, folder: Path) -> int:
         """Return the bytes of an adapter's weights. Blocks, while it reads them.
@@ -218,10 +229,11 @@ class BaseRequirements:
                 f"its rank is {max(ranks)}, and this server takes up to {self.max_rank}"
                 " (--max-lora-rank)"
             )
-        if self.layout is not None:
-            pair_tensors(header, spec, self.layout, limits)
-        else:
-            layouts.from_adapter(folder, limits=limits)  # they are pairs of its rank
+        layout = self.layout or layouts.from_adapter(folder, limits=limits)
+        _, others = pair_tensors(header, spec, layout, limits)
+        if self.base_copies != "trust":
+            base = BaseCopies(shard_layout(replace(layout, base=layout.base or self.base), None))
+            require_base_copies(folder, list(map(BaseCopy.of, others)), base)
         if self.check_finite:
             require_finite(folder)
         return nbytes

@@ -378,7 +378,7 @@ class RequestedAdapters:
         async with self._opening:
             if self._store is None:
                 self._check = await asyncio.to_thread(
-                    _make_check, self._manager.model_config, self._settings.check_finite
+                    _make_check, self._manager.model_config, self._settings
                 )
                 store = AdapterStore(StoreConfig(**self._settings.store_settings()))
                 self._store = await store.__aenter__()
@@ -404,7 +404,7 @@ def _refuse(error: LoraxError, name: str) -> Exception:
     return ValueError(text)
 
 
-def _make_check(model_config: Any, check_finite: bool) -> Callable[[Path], None]:
+def _make_check(model_config: Any, settings: PluginSettings) -> Callable[[Path], None]:
     """Return what raises the `AdapterError` that says why an adapter does not fit. Both block."""
     from sglang.srt.runtime_context import get_lora  # noqa: PLC0415
 
@@ -416,7 +416,13 @@ def _make_check(model_config: Any, check_finite: bool) -> Callable[[Path], None]
             " known, or has experts, whose adapters have several spellings",
             config.get("model_type"),
         )
-    base = BaseRequirements(layout, get_lora().max_lora_rank, check_finite=check_finite)
+    base = BaseRequirements(
+        layout,
+        get_lora().max_lora_rank,
+        check_finite=settings.check_finite,
+        base=model_config.model_path,
+        base_copies=settings.base_copies,
+    )
     gated = layout is not None and any(".gate_proj" in module.name for module in layout.modules)
     served = _served_names()
 

@@ -160,11 +160,13 @@ def attach(model: nn.Module, loader: AdapterLoader) -> AttachedModel:
         raise UsageError(f"attach takes an nn.Module and its AdapterLoader, not {kinds}")
     device, tables = loader.device, loader.tables
     loop = asyncio.get_running_loop()
-    place = LoaderLocation(device, tables, loop, DoraFactors(), PlanCache(), loader.tracer)
+    copies = loader.base_copies
+    place = LoaderLocation(device, tables, loop, DoraFactors(), PlanCache(), copies, loader.tracer)
     bases = modules_of(model, loader.held_layout, loader.config.shard)
     require_fit(bases, str(loader.config.dtype), place.tables.rank.device)
     if any(isinstance(vars(base).get("forward"), AdaptedForward) for base in bases):
         raise UsageError("the model has adapters attached already; detach them first")
+    copies.use_model(bases)
     return AttachedModel(bases, loader.held_layout.modules, place)
 
 
@@ -259,6 +261,7 @@ class AttachedModel:
             self._replaced = []
             self._place.factors.forget()
             self._place.plans.forget()
+            self._place.copies.use_model(())
 
     def __enter__(self) -> Self:
         return self

@@ -1,6 +1,6 @@
 """Name PEFT's files, parse its tensor names, and decide which modules a config targets.
 
-A tensor's name is `base_model.model.` + module path + suffix. :data:`SUFFIXES` are supported. Any
+A tensor's name is `base_model.model.` + module path + suffix, of a kind in `tensor_kinds`. Any
 other tensor is refused, if possible by the name of the PEFT feature that wrote it, because omitting
 a tensor changes the outputs.
 Source: peft 0.21.2, `utils/save_and_load.py`, `utils/other.py` and `tuners/lora/layer.py`; for
@@ -13,13 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import lru_cache
 from typing import Any
 
 import re2
 
 from lorax_async.errors import AdapterError, AdapterFormatError, UnsupportedAdapterError, shorten
+from lorax_async.formats.tensor_kinds import SUFFIXES, TensorRole
 from lorax_async.types import AdapterSpec, Matcher, ModuleNames
 
 CONFIG_FILE = "adapter_config.json"
@@ -96,19 +96,6 @@ WEIGHT_DTYPES = ("F32", "F16", "BF16")
 PREFIX = "base_model.model."
 
 
-class TensorRole(Enum):
-    """The role of a tensor in a module's adapter.
-
-    A `[rank, in]` and B `[out, rank]` are the factors of `scale * B @ A`. The vectors are `[out]`:
-    BIAS (lora_bias) is added to B's output, MAGNITUDE is DoRA's.
-    """
-
-    A = "A"
-    B = "B"
-    BIAS = "bias"
-    MAGNITUDE = "magnitude"
-
-
 @dataclass(frozen=True, slots=True)
 class TensorName:
     """The module path and role in a tensor's name.
@@ -120,16 +107,6 @@ class TensorName:
     part: TensorRole
     embedding: bool | None = False
 
-
-SUFFIXES = {
-    "lora_A.weight": (TensorRole.A, False),
-    "lora_B.weight": (TensorRole.B, False),
-    "lora_B.bias": (TensorRole.BIAS, False),
-    "lora_embedding_A": (TensorRole.A, True),
-    "lora_embedding_B": (TensorRole.B, True),
-    "lora_magnitude_vector": (TensorRole.MAGNITUDE, None),
-}
-"""Supported suffixes: the tensor's role, and whether the module is an embedding."""
 
 # Other markers in PEFT's names, with the features that write them.
 _MARKERS = {
@@ -199,15 +176,17 @@ def parse_tensor_name(name: str) -> TensorName:
     if last in {"weight", "bias"}:
         path, _, factor = path.rpartition(".")
         last = f"{factor}.{last}"
-    found = SUFFIXES.get(last)
-    if found is None or not path.startswith(PREFIX):
+    kind = SUFFIXES.get(last)
+    if kind is None or not path.startswith(PREFIX):
         raise _refusal(name)
     module = path[len(PREFIX) :]
+    if kind.role is TensorRole.BASE_COPY and module.rpartition(".")[2] not in _TIED:
+        raise _refusal(name)
     if not _PATH.fullmatch(module) or _PADDED.search(name, len(PREFIX) - 1):
         raise _malformed_error(module)
     if ("base_layer" in module or "lora_" in module or "_save" in module) and _feature(module):
         raise _refusal(name)
-    return TensorName(module, *found)
+    return TensorName(module, kind.role, kind.embedding)
 
 
 def layer_index(module: str) -> int | None:
@@ -350,14 +329,9 @@ def _refusal(name: str) -> AdapterError:
         )
     if path.endswith(_FULL_WEIGHT):
         module = path.removesuffix(_FULL_WEIGHT)
-        if module.rpartition(".")[2] not in _TIED:
-            return UnsupportedAdapterError(
-                f"tensor {shown} is a full copy of {shorten(module, 200)!r}, which PEFT saves of a"
-                " module that is in target_modules and modules_to_save; train it as one of them"
-            )
         return UnsupportedAdapterError(
-            f"tensor {shown} is a copy of the base's own weight, which PEFT adds where embed_tokens"
-            " or lm_head is targeted; save with save_pretrained(…, save_embedding_layers=False)"
+            f"tensor {shown} is a full copy of {shorten(module, 200)!r}, which PEFT saves of a"
+            " module that is in target_modules and modules_to_save; train it as one of them"
         )
     if feature := _feature(path):
         return UnsupportedAdapterError(

@@ -54,6 +54,12 @@ class Module:
     parts: tuple[FusedPart, ...] = ()
     embedding: bool = False
 
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """The shape in which the base stores the weight."""
+        sizes = self.out_features, self.in_features
+        return sizes[::-1] if self.transposed or self.embedding else sizes
+
 
 @dataclass(frozen=True)
 class ModelLayout:

@@ -18,13 +18,13 @@ from lorax_async.errors import (
 from lorax_async.formats.peft_names import (
     WEIGHT_DTYPES,
     Targeting,
-    TensorRole,
     layer_index,
     matrix_error,
     parse_tensor_name,
     targeting_of,
 )
 from lorax_async.formats.safetensors import Header, TensorSpan
+from lorax_async.formats.tensor_kinds import TensorRole
 from lorax_async.planning.layout import ModelLayout, Module
 from lorax_async.types import AdapterSpec
 
@@ -55,10 +55,27 @@ class TensorPair(NamedTuple):
     vectors: tuple[tuple[TensorRole, TensorSpan], ...] = ()
 
 
-def pair_tensors(
-    header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits
-) -> list[TensorPair]:
-    """Return one pair per module that the adapter changes, in the order of the layout.
+class OtherTensor(NamedTuple):
+    """A tensor that is not of a pair. `module` indexes the layout's modules."""
+
+    module: int
+    layer: int
+    part: TensorRole
+    span: TensorSpan
+
+
+class Pairing(NamedTuple):
+    """An adapter's tensors by module: one pair per module with A and B, and what is beside them.
+
+    Both are in the order of the layout.
+    """
+
+    pairs: list[TensorPair]
+    others: list[OtherTensor]
+
+
+def pair_tensors(header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits) -> Pairing:
+    """Return the adapter's tensors by module.
 
     Raise `AdapterFormatError` if the tensors are not pairs of the config's rank, its vectors are
     missing, or it does not target a module; `IncompatibleAdapterError` if the base lacks the
@@ -73,9 +90,7 @@ def pair_tensors(
         raise IncompatibleAdapterError(f"{error.problem}{fit}; {bases}") from None
 
 
-def _pair(
-    header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits
-) -> list[TensorPair]:
+def _pair(header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits) -> Pairing:
     places = _locate(header.tensors, layout)
     _require_dtypes(header.tensors)
     firsts = sorted([place for place in places if place % _PARTS_PER_MODULE == 0])
@@ -106,7 +121,9 @@ def _pair(
         fields = (place // _PARTS_PER_MODULE, module.layer, a, b, rank, scale, vectors)
         # As `TensorPair._make` does, without a call of Python code for each of hundreds.
         pairs.append(tuple.__new__(TensorPair, fields))
-    if (2 if expected is None else 3) * len(pairs) < len(places):
+    paired = (2 if expected is None else 3) * len(pairs)
+    others = _pick_others(places, layout, mismatches) if paired < len(places) else []
+    if paired + len(others) < len(places):
         raise _surplus_error(places, expected)
     if mismatches:
         raise IncompatibleAdapterError(
@@ -114,7 +131,28 @@ def _pair(
         )
     if spec.fan_in_fan_out:
         require_transposed([modules[pair.module] for pair in pairs])
-    return pairs
+    return Pairing(pairs, others)
+
+
+def _pick_others(
+    places: Mapping[int, TensorSpan], layout: ModelLayout, mismatches: list[str]
+) -> list[OtherTensor]:
+    """Return the tensors that are not of a pair; add those of a wrong shape to `mismatches`."""
+    found = []
+    for place, span in sorted(places.items()):
+        index, part = divmod(place, _PARTS_PER_MODULE)
+        if _PARTS[part] is not TensorRole.BASE_COPY:
+            continue
+        module = layout.modules[index]
+        if place - part not in places:  # PEFT writes it beside A and B
+            raise _orphan_error(span, "A")
+        if span.shape != module.weight_shape:
+            mismatches.append(
+                f"{shorten(module.name, 200)} (of a resized vocabulary: its copy of the base's"
+                f" weight is {list(span.shape)}, the base's is {list(module.weight_shape)})"
+            )
+        found.append(OtherTensor(index, module.layer, _PARTS[part], span))
+    return found
 
 
 def _require_dtypes(tensors: Sequence[TensorSpan]) -> None:

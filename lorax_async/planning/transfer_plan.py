@@ -6,20 +6,20 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, repeat
+from itertools import chain, groupby, repeat
 from math import ceil
 from operator import attrgetter, itemgetter
 from typing import NamedTuple, Self
 
 from lorax_async.config import Limits
 from lorax_async.errors import ConfigError, InternalError, UnsupportedAdapterError
-from lorax_async.formats.peft_names import TensorRole
 from lorax_async.formats.safetensors import Header, TensorSpan
 from lorax_async.formats.spans import ByteSpan
+from lorax_async.formats.tensor_kinds import TensorRole
 from lorax_async.lifecycle.adapter_state import GroupSizes
 from lorax_async.planning.layout import ModelLayout
-from lorax_async.planning.pairing import TensorPair, pair_tensors
-from lorax_async.planning.sharding import ModuleCut, cut_pairs
+from lorax_async.planning.pairing import OtherTensor, TensorPair, pair_tensors
+from lorax_async.planning.sharding import ModuleCut, cut_others, cut_pairs
 from lorax_async.types import AdapterSpec
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -115,12 +115,28 @@ class VectorSlot(NamedTuple):
         return self.length * ITEM_BYTES[self.dtype]
 
 
+class BaseCopy(NamedTuple):
+    """A copy of the weight of the base's `module`: `sources` of the file, in `dtype`.
+
+    It is compared with the base, and gets no place on the device.
+    """
+
+    module: int
+    dtype: str
+    sources: tuple[ByteSpan, ...]
+
+    @classmethod
+    def of(cls, other: OtherTensor) -> Self:
+        span = other.span
+        return cls(other.module, span.dtype, span.pieces or (ByteSpan(span.start, span.stop),))
+
+
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
     """One layer group: an extent of `nbytes` (aligned), and the moves that fill it.
 
-    The moves write disjoint bytes. `spans` are exactly the bytes of the file that they read, in
-    order. Alignment gaps between tensors are not written, and no row points to them.
+    The moves write disjoint bytes. `spans` are exactly the bytes of the file that they and `copies`
+    read, in order. Alignment gaps between tensors are not written, and no row points to them.
     """
 
     layer: int
@@ -131,6 +147,7 @@ class GroupPlan:
     rows: tuple[TableRow, ...]
     spans: tuple[ByteSpan, ...]
     vectors: tuple[VectorSlot, ...] = ()
+    copies: tuple[BaseCopy, ...] = ()
 
 
 class DeviceRules(NamedTuple):
@@ -462,6 +479,10 @@ class TransferPlan:
         return any(map(attrgetter("vectors"), self.groups))
 
     @cached_property
+    def copies(self) -> tuple[BaseCopy, ...]:
+        return tuple(chain.from_iterable(map(attrgetter("copies"), self.groups)))
+
+    @cached_property
     def _sizes(self) -> tuple[GroupSizes, GroupSizes]:
         groups = self.groups
         starts = [group.spans[:1] for group in groups]
@@ -492,13 +513,15 @@ def plan_transfer(
     limits: Limits,
     staging_move_bytes: int,
     cuts: Sequence[ModuleCut] = (),
+    compares_copies: bool = True,
 ) -> TransferPlan:
     """Plan how the adapter of this header and config reaches a device.
 
     The `dtype` on the device is "F32", "F16" or "BF16"; None means the layout's. Every tensor
     starts at a multiple of `alignment` bytes, and every rank is padded to a multiple of
     `rank_multiple`. One `ConvertMove` may read, and may write, `staging_move_bytes` at most. `cuts`
-    is the rank's share of each module (`Sharding.cuts`); empty means everything.
+    is the rank's share of each module (`Sharding.cuts`); empty means everything. Without
+    `compares_copies`, copies of the base's weights are not read.
 
     Raises
     ------
@@ -515,17 +538,40 @@ def plan_transfer(
         )
     file_bytes = header.tensors[-1].stop if header.tensors else header.data_start
     check_size(file_bytes, "in its file", limits)
-    pairs = pair_tensors(header, spec, layout, limits)
+    pairs, others = pair_tensors(header, spec, layout, limits)
     if cuts:
-        pairs = cut_pairs(pairs, cuts)
+        pairs, others = cut_pairs(pairs, cuts), cut_others(others, layout.modules, cuts)
     by_layer = groupby(pairs, key=attrgetter("layer"))
     groups = tuple(
         [_GroupPlanner(target).plan(layer, list(members)) for layer, members in by_layer]
     )
+    if others and compares_copies:
+        groups = _with_copies(groups, others)
     nbytes = sum([group.nbytes for group in groups])
     check_size(nbytes, f"as {target.dtype} on the device", limits)
     rank = max(map(attrgetter("rank"), pairs))
     return TransferPlan(groups, target.dtype, rank, nbytes, file_bytes)
+
+
+def _with_copies(
+    groups: tuple[GroupPlan, ...], others: Iterable[OtherTensor]
+) -> tuple[GroupPlan, ...]:
+    """Add each copy to the group of its layer, before whose use it is compared."""
+    by_layer: dict[int, list[BaseCopy]] = {}
+    for other in others:
+        by_layer.setdefault(other.layer, []).append(BaseCopy.of(other))
+    return tuple(
+        [
+            replace(
+                group,
+                copies=tuple(copies),
+                spans=_merge_spans([*group.spans, *(s for copy in copies for s in copy.sources)]),
+            )
+            if (copies := by_layer.get(group.layer))
+            else group
+            for group in groups
+        ]
+    )
 
 
 def check_size(nbytes: int, where: str, limits: Limits) -> None:

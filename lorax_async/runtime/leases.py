@@ -17,7 +17,7 @@ from lorax_async.devices.base import CopyTicket, Device
 from lorax_async.devices.staging import TORCH_DTYPES
 from lorax_async.devices.transfer import SlotCopies
 from lorax_async.errors import HandleClosedError, IntegrityError, LoraxError, UsageError
-from lorax_async.formats.peft_names import TensorRole
+from lorax_async.formats.tensor_kinds import TensorRole
 from lorax_async.lifecycle.adapter_state import SlotGrant
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.commands import Command
@@ -284,7 +284,7 @@ class LeaseTable:
         occupancy = self.occupancies[key] = SlotOccupancy(
             key, grant, plan, self.num_layers, verified, lambda: life.has_arrived
         )
-        occupancy.known_finite = key in self._copied
+        occupancy.was_checked = key in self._copied
         return occupancy
 
     def note_copied(self, key: AdapterKey) -> None:

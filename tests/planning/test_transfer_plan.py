@@ -25,8 +25,8 @@ from lorax_async.errors import (
     InternalError,
     UnsupportedAdapterError,
 )
-from lorax_async.formats.peft_names import TensorRole
 from lorax_async.formats.spans import ByteSpan
+from lorax_async.formats.tensor_kinds import TensorRole
 from lorax_async.planning.layout import FusedPart as OutputPart
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from lorax_async.planning.sharding import shard_layout
