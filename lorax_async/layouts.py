@@ -38,8 +38,8 @@ from lorax_async.formats.peft_names import (
 )
 from lorax_async.formats.safetensors import Header, TensorSpan
 from lorax_async.formats.strict_json import JsonValue, parse_object
-from lorax_async.formats.tensor_kinds import TensorRole
-from lorax_async.planning.layout import ModelLayout, Module, Parallelism
+from lorax_async.formats.tensor_kinds import WHOLE, TensorRole
+from lorax_async.planning.layout import ModelLayout, Module, OtherModule, Parallelism
 from lorax_async.planning.model_families import (
     HEAD_COUNTS,
     HEAD_DIMS,
@@ -335,7 +335,28 @@ def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
         prefix,
         _text_prefixes(model),
         architecture=type(model).__name__,
+        others=_other_modules(model, {module.name for module in modules}, num_layers),
     )
+
+
+def _other_modules(model: nn.Module, known: set[str], num_layers: int) -> tuple[OtherModule, ...]:
+    """Return the modules with a weight or a bias of their own that are not in `known`.
+
+    One without a layer number comes before the layers if it does so in the model, else after them.
+    """
+    others, layer = [], -1
+    for name, module in model.named_modules():
+        index = layer_index(name)
+        layer = max(layer, 0) if index is not None else layer
+        own = dict(module.named_parameters(recurse=False))
+        weight, bias = own.get("weight"), own.get("bias")
+        if name in known or not name or (weight is None and bias is None):
+            continue
+        outside = -1 if layer < 0 else num_layers
+        shapes = [None if it is None else tuple(it.shape) for it in (weight, bias)]
+        layer_of = outside if index is None else index
+        others.append(OtherModule(name, shapes[0], shapes[1], layer_of))
+    return tuple(others)
 
 
 def _text_prefixes(model: Any) -> tuple[tuple[str, str], ...]:
@@ -398,8 +419,9 @@ def from_adapter(dir: str | PathLike[str], *, limits: Limits | None = None) -> M
         header, _ = read_header(folder, limits)
     except LoraxError as error:
         raise error.located(id=str(folder)) from error
+    whole = _whole_shapes(header)
     shapes = _shapes(header)
-    numbers = {path: layer_index(path) for path in shapes}
+    numbers = {path: layer_index(path) for path in (*shapes, *whole)}
     num_layers = 1 + max((n for n in numbers.values() if n is not None), default=0)
     layers: dict[str, int] = {}
     for path, number in numbers.items():
@@ -419,7 +441,12 @@ def from_adapter(dir: str | PathLike[str], *, limits: Limits | None = None) -> M
     ]
     dtypes = {span.dtype for a, b, _ in shapes.values() for span in (a, b)}
     uniform = len(dtypes) == 1 and dtypes <= set(WEIGHT_DTYPES)
-    layout = ModelLayout(tuple(modules), num_layers, dtypes.pop() if uniform else "F32")
+    layout = ModelLayout(
+        tuple(modules),
+        num_layers,
+        dtypes.pop() if uniform else "F32",
+        others=tuple(OtherModule(path, *own, layers[path]) for path, own in whole.items()),
+    )
     # Make the checks of a load, and so raise its errors, by planning the transfer.
     plan_transfer(
         header,
@@ -434,13 +461,29 @@ def from_adapter(dir: str | PathLike[str], *, limits: Limits | None = None) -> M
     return layout
 
 
+_Shape: TypeAlias = tuple[int, ...] | None
+
+
+def _whole_shapes(header: Header) -> dict[str, tuple[_Shape, _Shape]]:
+    """Return the shapes of weight and bias of the modules that the adapter replaces."""
+    whole: dict[str, tuple[_Shape, _Shape]] = {}
+    for span in header.tensors:
+        name = parse_tensor_name(span.name)
+        weight, bias = whole.get(name.module, (None, None))
+        if name.part is TensorRole.WEIGHT:
+            whole[name.module] = span.shape, bias
+        elif name.part is TensorRole.OWN_BIAS:
+            whole[name.module] = weight, span.shape
+    return whole
+
+
 def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan, bool]]:
     """Return A and B of each module, and whether it is an embedding."""
     parts: dict[str, dict[TensorRole, TensorSpan]] = {}
     vectors: dict[str, TensorSpan] = {}
     embeddings: dict[str, bool] = {}
-    for span in header.tensors:
-        name = parse_tensor_name(span.name)
+    named = [(parse_tensor_name(span.name), span) for span in header.tensors]
+    for name, span in [(name, span) for name, span in named if name.part not in WHOLE]:
         if name.part not in _MATRICES:
             vectors.setdefault(name.module, span)
             continue
@@ -464,7 +507,7 @@ def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan, bool]]:
                 " again"
             )
     if not parts:
-        raise AdapterFormatError("the file has no tensors; save the adapter again")
+        raise AdapterFormatError("the file has no tensors of A and B; save the adapter again")
     return {
         path: (ab[TensorRole.A], ab[TensorRole.B], embeddings[path]) for path, ab in parts.items()
     }

@@ -354,6 +354,8 @@ class AdapterSpec:
     """`layers_to_transform`: the layers to which names in `targets` are limited; () is all."""
     layer_patterns: tuple[str, ...] = ()
     """`layers_pattern`: what precedes the number of a layer in a path; () is any name."""
+    saved: tuple[str, ...] = ()
+    """`modules_to_save` and what PEFT adds by `task_type`: ends of the paths of whole modules."""
     ensure_weight_tying: bool = False
     """Whether a head tied to the embedding gets the embedding's adapter."""
     base_model: str | None = None

@@ -49,7 +49,7 @@ from lorax_async.formats.peft_names import (
     split_weights_error,
 )
 from lorax_async.formats.safetensors import TensorSpan, parse_header
-from lorax_async.formats.tensor_kinds import TensorRole
+from lorax_async.formats.tensor_kinds import FEATURES, TensorRole
 from lorax_async.ids import HubRepository, LocalFolder, parse_ref
 from lorax_async.planning.transfer_plan import BaseCopy
 from lorax_async.remote.base import require_token
@@ -221,11 +221,6 @@ def read_small(path: str, max_bytes: int) -> bytes:
 
 
 EMBEDDING = "LoRA on an embedding"
-_FEATURES = {
-    TensorRole.BIAS: "lora_bias",
-    TensorRole.MAGNITUDE: "DoRA",
-    TensorRole.BASE_COPY: "save_embedding_layers, a copy of the base's weight",
-}
 
 
 def inexpressible(what: str, feature: str) -> UnsupportedAdapterError:
@@ -240,7 +235,7 @@ def plain_module(tensor: str) -> str:
     """Return the module of a plain LoRA tensor, by its name; raise for any other tensor."""
     found = parse_tensor_name(tensor)
     if found.embedding or found.part not in {TensorRole.A, TensorRole.B}:
-        feature = EMBEDDING if found.embedding else _FEATURES[found.part]
+        feature = EMBEDDING if found.embedding else FEATURES[found.part]
         raise inexpressible(f"tensor {shorten(tensor, 200)!r}", feature)
     return found.module
 

@@ -36,11 +36,11 @@ from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.commands import CopyGroups, WipeExtents
 from lorax_async.lifecycle.rules import COPIES_AHEAD
 from lorax_async.planning.transfer_plan import (
+    ExtraSlot,
     GroupPlan,
     ReadMove,
     StagingWindow,
     TransferPlan,
-    VectorSlot,
     windows,
 )
 from lorax_async.telemetry import IMAGE, NO_SPAN, STREAM, Row, Span, Tracer
@@ -50,19 +50,19 @@ _logger = logging.getLogger("lorax_async")
 
 
 def _written_ranges(
-    part: GroupPlan | StagingWindow, kind: torch.dtype, vectors: Sequence[VectorSlot], start: int
+    part: GroupPlan | StagingWindow, kind: torch.dtype, extras: Sequence[ExtraSlot], start: int
 ) -> list[tuple[int, int, torch.dtype]]:
-    """Return [first, last) of what is written, and its dtype, which for vectors is the file's.
+    """Return [first, last) of what is written, and its dtype, which for some extras is the file's.
 
     `part` begins at `start` of the extent.
     """
-    if not (vectors or part.converts):
+    if not (extras or part.converts):
         return [(move.target, move.target + move.nbytes, kind) for move in part.reads]
     written = [
         (move.target, move.target + move.rows * move.row_pitch * kind.itemsize, kind)
         for move in part.converts
     ]
-    own = sorted((v.offset - start, v.nbytes, TORCH_DTYPES[v.dtype]) for v in vectors)
+    own = sorted((v.offset - start, v.nbytes, TORCH_DTYPES[v.dtype]) for v in extras)
     for copied in part.reads:
         first, last = copied.target, copied.target + copied.nbytes
         for begin, nbytes, dtype in own:
@@ -79,7 +79,7 @@ def _written_ranges(
 def _module_at(offset: int, group: GroupPlan) -> int:
     """Return the module of the last tensor that begins at or before `offset` in the extent."""
     starts = [(start, row.module) for row in group.rows for start in (row.a, row.b)]
-    starts += [(vector.offset, vector.module) for vector in group.vectors]
+    starts += [(extra.offset, extra.module) for extra in group.extras]
     return max(start for start in starts if start[0] <= offset)[1]
 
 
@@ -324,7 +324,7 @@ class GroupTransfer:
         writes are not checked.
         """
         group, dtype = copy.group, TORCH_DTYPES[copy.dtype]
-        for first, last, kind in _written_ranges(part, dtype, group.vectors, start):
+        for first, last, kind in _written_ranges(part, dtype, group.extras, start):
             values = content[first:last].view(kind)
             if not is_finite(values):
                 bad = first + int(values.isfinite().logical_not().nonzero()[0]) * kind.itemsize

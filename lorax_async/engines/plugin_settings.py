@@ -18,11 +18,14 @@ from lorax_async.errors import (
     IncompatibleAdapterError,
     InvalidAdapterIdError,
     LoraxError,
+    UnsupportedAdapterError,
     UsageError,
     http_status,
     shorten,
 )
 from lorax_async.formats.peft_config import parse_config
+from lorax_async.formats.peft_names import parse_tensor_name
+from lorax_async.formats.tensor_kinds import FEATURES, KINDS, TensorRole
 from lorax_async.ids import (
     Allow,
     LocalFolder,
@@ -211,6 +214,8 @@ class BaseRequirements:
     max_rank: int | None
     _: KW_ONLY
     check_finite: bool = True
+    engine: str = ""
+    """The engine's name in `tensor_kinds`; "" accepts kinds of tensors that none applies."""
     base: str = ""
     """The base's folder, or its id in the hub cache, where the layout does not name it."""
     base_copies: BaseCopyRule = "refuse"
@@ -222,6 +227,9 @@ class BaseRequirements:
         """
         limits = Limits()
         header, nbytes = read_header(folder, limits)
+        if self.engine:
+            for span in header.tensors:
+                self._require_applied(span.name)
         spec = parse_config((folder / CONFIG).read_bytes(), limits)
         ranks = [spec.rank, *(int(pattern.value) for pattern in spec.rank_patterns)]
         if self.max_rank is not None and max(ranks) > self.max_rank:
@@ -233,10 +241,24 @@ class BaseRequirements:
         _, others = pair_tensors(header, spec, layout, limits)
         if self.base_copies != "trust":
             base = BaseCopies(shard_layout(replace(layout, base=layout.base or self.base), None))
-            require_base_copies(folder, list(map(BaseCopy.of, others)), base)
+            copies = [BaseCopy.of(it) for it in others if it.part is TensorRole.BASE_COPY]
+            require_base_copies(folder, copies, base)
         if self.check_finite:
             require_finite(folder)
         return nbytes
+
+    def _require_applied(self, tensor: str) -> None:
+        """Raise `UnsupportedAdapterError` for a tensor of a kind that the engine would drop."""
+        name = parse_tensor_name(tensor)
+        kinds = (
+            kind for kind in KINDS if (kind.role, kind.embedding) == (name.part, name.embedding)
+        )
+        if all(self.engine not in kind.engines for kind in kinds):
+            raise UnsupportedAdapterError(
+                f"tensor {shorten(tensor, 200)!r} belongs to {FEATURES[name.part]}, which"
+                f" {self.engine} does not apply; serve it with lorax_async's own server, or train"
+                " without it"
+            )
 
 
 _ENGINE_STATUSES = {"over_capacity": 503, "timeout": 503, "fetch_failed": 503}

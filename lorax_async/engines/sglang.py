@@ -420,6 +420,7 @@ def _make_check(model_config: Any, settings: PluginSettings) -> Callable[[Path],
         layout,
         get_lora().max_lora_rank,
         check_finite=settings.check_finite,
+        engine="SGLang",
         base=model_config.model_path,
         base_copies=settings.base_copies,
     )
@@ -459,8 +460,6 @@ def _read_modules(folder: Path) -> tuple[AdapterSpec, set[str]]:
     spec = parse_config((folder / CONFIG).read_bytes(), limits)
     if spec.rank_patterns or spec.alpha_patterns:
         raise UnsupportedAdapterError(ONE_SCALE)
-    if spec.lora_bias or spec.dora:
-        raise UnsupportedAdapterError("SGLang applies neither DoRA nor a bias of B")
     header, _ = read_header(folder, limits)
     return spec, {parse_tensor_name(tensor.name).module for tensor in header.tensors}
 

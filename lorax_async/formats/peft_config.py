@@ -42,6 +42,10 @@ def _are_names(value: JsonValue) -> bool:
     return value is None or all(isinstance(name, str) for name in names)
 
 
+def _is_list_of_names(value: JsonValue) -> bool:
+    return _off(value) or (isinstance(value, list) and _are_names(value))
+
+
 def _are_indices(value: JsonValue) -> bool:
     indices = value if isinstance(value, list) else [value]
     return value is None or all(type(index) is int for index in indices)
@@ -78,7 +82,6 @@ _OBJECT = ConfigField(_is(NoneType, dict), "null or an object")
 UNKNOWN = ConfigField(_off, "a field that this version does not know", refused=True)
 _REFUSED: Mapping[str, tuple[str, Callable[[JsonValue], bool]]] = {
     "bias": ("trained biases", lambda value: value == "none" or _off(value)),
-    "modules_to_save": ("full copies of modules", _off),
     "trainable_token_indices": ("trained rows of the embedding", _off),
     "target_parameters": ("LoRA on bare parameters, as in fused experts", _off),
     "layer_replication": ("a base with repeated layers", _off),
@@ -104,6 +107,7 @@ FIELDS: Mapping[str, ConfigField] = {
     ),
     **dict.fromkeys(("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"), _SWITCH),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),
+    "modules_to_save": ConfigField(_is_list_of_names, "null or a list of strings"),
     "base_model_name_or_path": ConfigField(_is(NoneType, str), "null or a string"),
     "layers_to_transform": ConfigField(_are_indices, "null, an integer or a list of integers"),
     # Settings of initialisations, which only init_lora_weights enables.
@@ -188,6 +192,7 @@ def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
         excluded=_read_names("exclude_modules", config.get("exclude_modules")) or None,
         layers=tuple(layer for layer in layers if isinstance(layer, int)),
         layer_patterns=_read_layer_patterns(config.get("layers_pattern")),
+        saved=_read_saved(config.get("modules_to_save"), task),
         ensure_weight_tying=bool(config.get("ensure_weight_tying")),
         base_model=base if isinstance(base, str) else None,
         base_class=_read_base_class(config.get("auto_mapping")),
@@ -250,6 +255,20 @@ def _check_layers(config: Mapping[str, JsonValue]) -> str | None:
     if config.get("layers_pattern") and config.get("layers_to_transform") is None:
         return "layers_pattern without layers_to_transform"
     return None
+
+
+# What PEFT's classes of these tasks add to modules_to_save.
+_SAVED_BY_TASK = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def _read_saved(names: JsonValue, task: JsonValue) -> tuple[str, ...]:
+    by_task = _SAVED_BY_TASK.get(task, ()) if isinstance(task, str) else ()
+    listed = names if isinstance(names, list) else []
+    return (*(str(name) for name in listed if name), *by_task)
 
 
 def _read_base_class(mapping: JsonValue) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any
 import re2
 
 from lorax_async.errors import AdapterError, AdapterFormatError, UnsupportedAdapterError, shorten
-from lorax_async.formats.tensor_kinds import SUFFIXES, TensorRole
+from lorax_async.formats.tensor_kinds import SUFFIXES, WHOLE, TensorRole
 from lorax_async.types import AdapterSpec, Matcher, ModuleNames
 
 CONFIG_FILE = "adapter_config.json"
@@ -118,7 +118,6 @@ _MARKERS = {
     "lora_velora_embed": "VeLoRA",
     "lora_monteclora_sampler": "MonteCLoRA",
 }
-_EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|lm_head)\.weight")
 _NAMED = r"\.(?!weight$|bias$)[^.]+"  # the adapter's name, which PEFT strips
 _RAW = re.compile(
     rf".*\.lora_(?:[AB]{_NAMED}\.(?:weight|bias)|embedding_[AB]{_NAMED}|magnitude_vector{_NAMED}\.weight)"
@@ -173,10 +172,13 @@ def parse_tensor_name(name: str) -> TensorName:
     `AdapterFormatError` for a module path that is malformed or not in canonical form.
     """
     path, _, last = name.rpartition(".")
-    if last in {"weight", "bias"}:
-        path, _, factor = path.rpartition(".")
-        last = f"{factor}.{last}"
     kind = SUFFIXES.get(last)
+    if last in {"weight", "bias"}:
+        owner, _, factor = path.rpartition(".")
+        if (found := SUFFIXES.get(f"{factor}.{last}")) is not None:
+            path, kind = owner, found
+        elif factor.startswith("lora_"):
+            kind = None
     if kind is None or not path.startswith(PREFIX):
         raise _refusal(name)
     module = path[len(PREFIX) :]
@@ -185,6 +187,8 @@ def parse_tensor_name(name: str) -> TensorName:
     if not _PATH.fullmatch(module) or _PADDED.search(name, len(PREFIX) - 1):
         raise _malformed_error(module)
     if ("base_layer" in module or "lora_" in module or "_save" in module) and _feature(module):
+        raise _refusal(name)
+    if kind.role in WHOLE and ".lora_" in f".{module}":
         raise _refusal(name)
     return TensorName(module, kind.role, kind.embedding)
 
@@ -353,13 +357,7 @@ def _feature(path: str) -> str | None:
     for marker, feature in _MARKERS.items():
         if f".{marker}." in dotted:
             return feature
-    if _EMBEDDING.fullmatch(path):
-        return "a resized vocabulary or modules_to_save"
-    if ".lora_" in dotted:
-        return None
-    if path.endswith(".bias"):
-        return "bias or modules_to_save (a trained bias of the base)"
-    return "modules_to_save (a full copy of a module)" if path.endswith(".weight") else None
+    return None
 
 
 def _malformed_error(module: str) -> AdapterFormatError:
@@ -374,6 +372,9 @@ def _malformed_error(module: str) -> AdapterFormatError:
 HEADS = frozenset({"lm_head", "embed_out"})
 """The last names of the modules that compute logits, in transformers."""
 
+TOKENS = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in"})
+"""The last names of the embeddings of tokens, in transformers."""
+
 _TIED = frozenset({"embed_tokens", "lm_head"})
 _MANY_NAMES = 20  # PEFT replaces this many names, or more, by the ends that they have in common
 
@@ -386,8 +387,27 @@ def is_all_linear(targets: ModuleNames) -> bool:
 def targeting_of(spec: AdapterSpec) -> Targeting:
     """Return the modules that a config targets, compiled once for equal fields."""
     return _compile(
-        spec.targets, spec.excluded, spec.layers, spec.layer_patterns, spec.ensure_weight_tying
+        spec.targets,
+        spec.excluded,
+        spec.layers,
+        spec.layer_patterns,
+        spec.ensure_weight_tying,
+        spec.saved,
     )
+
+
+def is_saved(path: str, saved: Iterable[str], *, whole_names: bool = False) -> bool:
+    """Return whether `modules_to_save` names a module, or one around it.
+
+    PEFT replaces modules whose paths end with a name. It excludes from `target_modules` only those
+    that end with `whole_names`, from a dot on.
+    """
+    ends = [f".{name}" for name in saved] if whole_names else list(saved)
+    while path:
+        if f".{path}".endswith(tuple(ends)):
+            return True
+        path = path.rpartition(".")[0]
+    return False
 
 
 class Targeting:
@@ -405,7 +425,9 @@ class Targeting:
         layers: tuple[int, ...],
         layer_patterns: tuple[str, ...],
         tied: bool,
+        saved: tuple[str, ...] = (),
     ) -> None:
+        self._saved = saved
         self._all_linear = is_all_linear(targets)
         self._named, cost = _compile_names(None if self._all_linear else targets)
         self._excluded, more = _compile_names(excluded)
@@ -426,6 +448,8 @@ class Targeting:
         tied = self._ties and layer_index(path) is None
         if tied and not embedding:  # gets the adapter of the embedding
             return None
+        if self._saved and is_saved(path, self._saved, whole_names=True):
+            return "modules_to_save"
         if self._excluded is not None and self._excluded(path):
             return "exclude_modules"
         if tied:

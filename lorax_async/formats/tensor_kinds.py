@@ -17,7 +17,7 @@ class TensorRole(Enum):
 
     A `[rank, in]` and B `[out, rank]` are the factors of `scale * B @ A`. The vectors are `[out]`:
     BIAS (lora_bias) is added to B's output, MAGNITUDE is DoRA's. BASE_COPY is the weight of the
-    base itself.
+    base itself. WEIGHT and OWN_BIAS (modules_to_save) take the place of the base's own.
     """
 
     A = "A"
@@ -25,6 +25,8 @@ class TensorRole(Enum):
     BIAS = "bias"
     MAGNITUDE = "magnitude"
     BASE_COPY = "copy of the base's weight"
+    WEIGHT = "weight"
+    OWN_BIAS = "own bias"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,24 @@ KINDS = (
     TensorKind(TensorRole.MAGNITUDE, "lora_magnitude_vector", None, ATTACH),
     # Compared with the base, and then nothing to apply.
     TensorKind(TensorRole.BASE_COPY, "base_layer.weight", None, EVERY - {"LoRAX"}),
+    # After the suffixes above: any other name that ends so is that of a whole module.
+    TensorKind(TensorRole.WEIGHT, "weight", None, ATTACH),
+    TensorKind(TensorRole.OWN_BIAS, "bias", None, ATTACH),
 )
 """All kinds. The suffixes differ."""
 
 SUFFIXES: Mapping[str, TensorKind] = {kind.suffix: kind for kind in KINDS}
+
+WHOLE = frozenset({TensorRole.WEIGHT, TensorRole.OWN_BIAS})
+"""The roles of tensors that take the place of a module's own."""
+
+FEATURES: Mapping[TensorRole, str] = {
+    TensorRole.A: "LoRA",
+    TensorRole.B: "LoRA",
+    TensorRole.BIAS: "lora_bias",
+    TensorRole.MAGNITUDE: "DoRA",
+    TensorRole.BASE_COPY: "save_embedding_layers, a copy of the base's weight",
+    TensorRole.WEIGHT: "modules_to_save, a whole module",
+    TensorRole.OWN_BIAS: "modules_to_save, a whole module",
+}
+"""What errors call the features that write these tensors."""

@@ -61,12 +61,33 @@ class Module:
         return sizes[::-1] if self.transposed or self.embedding else sizes
 
 
+@dataclass(frozen=True, slots=True)
+class OtherModule:
+    """A module of a base model that adapters can only replace: a norm, a convolution.
+
+    `weight` and `bias` are the shapes of these parameters, None for one that it does not have.
+    `layer` is as in `Module`.
+    """
+
+    name: str
+    weight: tuple[int, ...] | None
+    bias: tuple[int, ...] | None
+    layer: int
+
+    @property
+    def embedding(self) -> bool:
+        """False: as `Module`, for one that adapters only replace."""
+        return False
+
+
 @dataclass(frozen=True)
 class ModelLayout:
     """The linear modules of one base model, in layer order. Immutable, equal and hashed by value.
 
     `modules` may be given in any order; they are stored in layer order, stably sorted, and the
-    position in this tuple indexes the device's tables. `dtype`, which the model computes in, is
+    position in this tuple indexes the device's tables. `others` are indexed after them; they are
+    not compared, for the config of a base does not tell them. `resizable` is whether adapters may
+    bring a vocabulary of another size. `dtype`, which the model computes in, is
     "F32", "F16" or "BF16". `backbone_prefix` is the prefix of the backbone's names in a model with
     a head ("model."), or "". `text_prefixes` are, for a model of text and images, pairs of a prefix
     in its text class and the same in this one ("model.", "model.language_model."). `base` is the
@@ -81,6 +102,8 @@ class ModelLayout:
     text_prefixes: tuple[tuple[str, str], ...] = ()
     base: str = field(default="", compare=False)
     architecture: str = field(default="", compare=False)
+    others: tuple[OtherModule, ...] = field(default=(), compare=False)
+    resizable: bool = field(default=True, compare=False)
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.modules, key=lambda module: module.layer))
@@ -115,6 +138,11 @@ class ModelLayout:
     @cached_property
     def _index(self) -> Mapping[str, int]:
         return {module.name: position for position, module in enumerate(self.modules)}
+
+    @cached_property
+    def _other_index(self) -> Mapping[str, int]:
+        first = len(self.modules)
+        return {module.name: first + number for number, module in enumerate(self.others)}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -155,7 +183,14 @@ class ModelLayout:
         `model.layers.0…`), and one trained on the text class of a model of text and images has that
         one's; an exact match comes first.
         """
-        index = self._index
+        return self._resolve(path, self._index)
+
+    def resolve_whole(self, path: str) -> int | None:
+        """Return the index of a module or other module, as `resolve`."""
+        found = self._resolve(path, self._index)
+        return self._resolve(path, self._other_index) if found is None else found
+
+    def _resolve(self, path: str, index: Mapping[str, int]) -> int | None:
         found = index.get(path)
         if found is None:
             found = index.get(self.backbone_prefix + path)
@@ -163,6 +198,16 @@ class ModelLayout:
             if found is None and path.startswith(text):
                 found = index.get(own + path.removeprefix(text))
         return found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all modules, by index."""
+        return (*(module.name for module in self.modules), *(it.name for it in self.others))
+
+    def at(self, index: int) -> Module | OtherModule:
+        """Return the module or other module of an index."""
+        count = len(self.modules)
+        return self.modules[index] if index < count else self.others[index - count]
 
 
 def _ends_with(path: str, name: str) -> bool:

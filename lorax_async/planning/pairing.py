@@ -16,16 +16,19 @@ from lorax_async.errors import (
     shorten,
 )
 from lorax_async.formats.peft_names import (
+    HEADS,
+    TOKENS,
     WEIGHT_DTYPES,
     Targeting,
+    is_saved,
     layer_index,
     matrix_error,
     parse_tensor_name,
     targeting_of,
 )
 from lorax_async.formats.safetensors import Header, TensorSpan
-from lorax_async.formats.tensor_kinds import TensorRole
-from lorax_async.planning.layout import ModelLayout, Module
+from lorax_async.formats.tensor_kinds import WHOLE, TensorRole
+from lorax_async.planning.layout import ModelLayout, Module, OtherModule
 from lorax_async.types import AdapterSpec
 
 _MAX_SCALE = 3.4028234663852886e38  # the largest float32, the dtype of the device's table
@@ -56,7 +59,7 @@ class TensorPair(NamedTuple):
 
 
 class OtherTensor(NamedTuple):
-    """A tensor that is not of a pair. `module` indexes the layout's modules."""
+    """A tensor that is not of a pair. `module` is the layout's index (`ModelLayout.at`)."""
 
     module: int
     layer: int
@@ -122,7 +125,7 @@ def _pair(header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits
         # As `TensorPair._make` does, without a call of Python code for each of hundreds.
         pairs.append(tuple.__new__(TensorPair, fields))
     paired = (2 if expected is None else 3) * len(pairs)
-    others = _pick_others(places, layout, mismatches) if paired < len(places) else []
+    others = _pick_others(places, spec, layout, mismatches) if paired < len(places) else []
     if paired + len(others) < len(places):
         raise _surplus_error(places, expected)
     if mismatches:
@@ -135,24 +138,101 @@ def _pair(header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits
 
 
 def _pick_others(
-    places: Mapping[int, TensorSpan], layout: ModelLayout, mismatches: list[str]
+    places: Mapping[int, TensorSpan], spec: AdapterSpec, layout: ModelLayout, mismatches: list[str]
 ) -> list[OtherTensor]:
     """Return the tensors that are not of a pair; add those of a wrong shape to `mismatches`."""
     found = []
     for place, span in sorted(places.items()):
-        index, part = divmod(place, _PARTS_PER_MODULE)
-        if _PARTS[part] is not TensorRole.BASE_COPY:
-            continue
-        module = layout.modules[index]
-        if place - part not in places:  # PEFT writes it beside A and B
-            raise _orphan_error(span, "A")
-        if span.shape != module.weight_shape:
-            mismatches.append(
-                f"{shorten(module.name, 200)} (of a resized vocabulary: its copy of the base's"
-                f" weight is {list(span.shape)}, the base's is {list(module.weight_shape)})"
+        index, number = divmod(place, _PARTS_PER_MODULE)
+        part = _PARTS[number]
+        if part is TensorRole.BASE_COPY and place - number not in places:
+            raise _orphan_error(span, "A")  # PEFT writes it beside A and B
+        if part in WHOLE and place - number in places:
+            raise AdapterFormatError(
+                f"tensor {shorten(span.name, 200)!r} replaces a module that A and B change too;"
+                " train it as one of target_modules and modules_to_save"
             )
-        found.append(OtherTensor(index, module.layer, _PARTS[part], span))
+        if part is TensorRole.BASE_COPY or part in WHOLE:
+            module = layout.at(index)
+            if part in WHOLE and not (_counts_tokens(module) or module.name in _TASK_HEADS):
+                _require_saved(span.name, spec)
+            if not _fits(part, span.shape, module, layout):
+                expected = list(_shape_of(part, module) or ())
+                mismatches.append(
+                    f"{shorten(module.name, 200)} (its {part.value} is {list(span.shape)},"
+                    f" the base's is {expected or 'missing'})"
+                )
+            found.append(OtherTensor(index, module.layer, part, span))
+    _require_vocabulary(found, spec, layout)
     return found
+
+
+def _require_saved(tensor: str, spec: AdapterSpec) -> None:
+    """Raise `AdapterFormatError` for a module that the config does not name.
+
+    PEFT would load it into the base itself, and so into all that shares its weight.
+    """
+    path = parse_tensor_name(tensor).module
+    if not is_saved(path, spec.saved):
+        raise AdapterFormatError(
+            f"tensor {shorten(tensor, 200)!r} replaces a module that adapter_config.json does not"
+            " name; add it to modules_to_save, or take the tensor out"
+        )
+
+
+def _shape_of(part: TensorRole, module: Module | OtherModule) -> tuple[int, ...] | None:
+    """Return the shape of the base's own weight or bias, None if it has none.
+
+    A layout does not tell whether a linear module has a bias.
+    """
+    if isinstance(module, OtherModule):
+        return module.bias if part is TensorRole.OWN_BIAS else module.weight
+    if part is TensorRole.OWN_BIAS:
+        return None if module.embedding else (module.out_features,)
+    return module.weight_shape
+
+
+def _fits(
+    part: TensorRole, shape: tuple[int, ...], module: Module | OtherModule, layout: ModelLayout
+) -> bool:
+    """Return whether a tensor has the base's shape, but for the size of a vocabulary."""
+    expected = _shape_of(part, module)
+    resizes = part in WHOLE and layout.resizable and _counts_tokens(module)
+    if expected is None or not (resizes and shape):
+        return shape == expected
+    return len(shape) == len(expected) and shape[0] > 0 and shape[1:] == expected[1:]
+
+
+def _counts_tokens(module: Module | OtherModule) -> bool:
+    """Return whether a module's weight has a row per token."""
+    last = module.name.rpartition(".")[2]
+    return isinstance(module, Module) and (last in HEADS or (module.embedding and last in TOKENS))
+
+
+def _require_vocabulary(
+    others: Sequence[OtherTensor], spec: AdapterSpec, layout: ModelLayout
+) -> None:
+    """Raise `UnsupportedAdapterError` for half of what the base shares or resizes as a whole.
+
+    Of a pair that is tied, PEFT loads a module that the config does not name into both; and with
+    a vocabulary of another size, the rest is what its own resizing of the base happens to draw.
+    """
+    rows = {o.module: o.span.shape[0] for o in others if o.part is TensorRole.WEIGHT}
+    counting = [n for n, module in enumerate(layout.modules) if _counts_tokens(module)]
+    whole = [n for n in counting if n in rows]
+    if not whole or len({rows.get(n) for n in counting}) == 1:
+        return
+    names = [layout.modules[n].name for n in whole]
+    resized = any(rows[n] != layout.modules[n].weight_shape[0] for n in whole)
+    unnamed = any(not is_saved(name, spec.saved) for name in names)
+    if resized or unnamed or (spec.ensure_weight_tying and len(whole) < len(counting)):
+        others_ = [layout.modules[n].name for n in counting if n not in rows]
+        lacks = f" and not {', '.join(others_)}" if others_ else " with vocabularies of two sizes"
+        why = "resizes" if resized else "replaces"
+        raise UnsupportedAdapterError(
+            f"the adapter {why} {', '.join(names)}{lacks}; train and save all of them"
+            " (modules_to_save)"
+        )
 
 
 def _require_dtypes(tensors: Sequence[TensorSpan]) -> None:
@@ -283,21 +363,22 @@ def _locate(tensors: Sequence[TensorSpan], layout: ModelLayout) -> dict[int, Ten
             if place is None:
                 unknown.append(span.name)
                 continue
-            known[span.name] = place
+            if place < _PARTS_PER_MODULE * len(layout.modules):  # others are not compared
+                known[span.name] = place
         found[place] = span
         count += 1
     if unknown:
         _require_matrices(tensors)  # a layout has no convolutions
-        raise IncompatibleAdapterError(
-            f"the base has no such module: {_list_first(unknown, 'tensor')}"
-        )
+        raise _unknown_error(unknown, layout)
     if not count:
         # Serving the bare base under the adapter's name would be a silent error.
         raise AdapterFormatError("the file holds no tensors; save the adapter again")
     if len(found) < count:
         first: dict[int, str] = {}
         for span in tensors:
-            if (other := first.setdefault(known[span.name], span.name)) != span.name:
+            place = _place(span.name, layout)
+            assert place is not None
+            if (other := first.setdefault(place, span.name)) != span.name:
                 raise AdapterFormatError(
                     f"tensors {shorten(other, 200)!r} and {shorten(span.name, 200)!r} are for the"
                     " same module; keep one of them"
@@ -305,11 +386,24 @@ def _locate(tensors: Sequence[TensorSpan], layout: ModelLayout) -> dict[int, Ten
     return found
 
 
+def _unknown_error(names: list[str], layout: ModelLayout) -> IncompatibleAdapterError:
+    remedy = ""
+    if not layout.others and any(parse_tensor_name(name).part in WHOLE for name in names):
+        remedy = "; layouts.from_module knows norms and the like, and the base's config does not"
+    return IncompatibleAdapterError(
+        f"the base has no such module: {_list_first(names, 'tensor')}{remedy}"
+    )
+
+
 def _place(name: str, layout: ModelLayout) -> int | None:
     parsed = parse_tensor_name(name)
-    index = layout.resolve(parsed.module)
+    find = layout.resolve_whole if parsed.part in WHOLE else layout.resolve
+    index = find(parsed.module)
     if index is None:
         return None
+    place = _PARTS_PER_MODULE * index + _PARTS.index(parsed.part)
+    if index >= len(layout.modules):
+        return place
     embedding = layout.modules[index].embedding
     if parsed.embedding not in {None, embedding}:
         kinds = ("a linear module", "an embedding")
@@ -317,7 +411,7 @@ def _place(name: str, layout: ModelLayout) -> int | None:
             f"tensor {shorten(name, 200)!r} is for {kinds[not embedding]}, but the base has"
             f" {kinds[embedding]} there; use the base it was trained on"
         )
-    return _PARTS_PER_MODULE * index + _PARTS.index(parsed.part)
+    return place
 
 
 def check_matching(spec: AdapterSpec, names: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from lorax_async.config import Shard
 from lorax_async.errors import ConfigError, UnsupportedAdapterError, shorten
 from lorax_async.formats.safetensors import TensorSpan
 from lorax_async.formats.spans import ByteSpan
+from lorax_async.formats.tensor_kinds import TensorRole
 from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
 from lorax_async.planning.pairing import OtherTensor, TensorPair
 
@@ -89,14 +90,28 @@ def cut_pairs(pairs: Iterable[TensorPair], cuts: Sequence[ModuleCut]) -> list[Te
 def cut_others(
     others: Iterable[OtherTensor], modules: Sequence[Module], cuts: Sequence[ModuleCut]
 ) -> list[OtherTensor]:
-    """Return the tensors with the spans of one rank.
+    """Return the tensors with the spans of one rank. Those of other modules are whole.
 
-    Raise `UnsupportedAdapterError` for a weight of which a rank holds several parts of each row.
+    Raise `UnsupportedAdapterError` for a weight of which a rank holds several parts of each row,
+    and for a resized vocabulary, which the ranks would share in another way.
     """
-    return [
-        other._replace(span=_cut_weight(other.span, modules[other.module], cuts[other.module]))
-        for other in others
-    ]
+    shares = []
+    for other in others:
+        if other.module >= len(cuts):
+            shares.append(other)
+            continue
+        module, cut, span = modules[other.module], cuts[other.module], other.span
+        if other.part is TensorRole.OWN_BIAS:
+            span = _cut_rows(span, cut.rows)
+        elif span.shape == module.weight_shape:
+            span = _cut_weight(span, module, cut)
+        elif module.parallel is not Parallelism.REPLICATED:
+            raise UnsupportedAdapterError(
+                f"tensor {shorten(span.name, 200)!r} resizes a vocabulary that tensor parallelism"
+                " divides; load it without a shard"
+            )
+        shares.append(other._replace(span=span))
+    return shares
 
 
 def _cut_weight(span: TensorSpan, module: Module, cut: ModuleCut) -> TensorSpan:

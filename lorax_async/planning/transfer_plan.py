@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, groupby, repeat
-from math import ceil
+from math import ceil, prod
 from operator import attrgetter, itemgetter
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from lorax_async.config import Limits
 from lorax_async.errors import ConfigError, InternalError, UnsupportedAdapterError
@@ -96,10 +96,11 @@ class TableRow(NamedTuple):
     scale: float
 
 
-class VectorSlot(NamedTuple):
-    """A module's bias or magnitude: `length` elements at `offset` of the group's extent.
+class ExtraSlot(NamedTuple):
+    """A tensor beside A and B, which kernels do not read: `shape` at `offset` of the extent.
 
-    It keeps the file's `dtype`. A magnitude scales a whole row of the base's weight, and rounding
+    `module` is the layout's index. A whole weight or bias of a module with A and B has the plan's
+    dtype. Others keep the file's: a magnitude scales a whole row of the base's weight, and rounding
     it to bf16 would change that row by up to 0.2 %. On SmolLM2 this moves the logits a hundred
     times as far as rounding A and B does.
     """
@@ -107,12 +108,12 @@ class VectorSlot(NamedTuple):
     module: int
     part: TensorRole
     offset: int
-    length: int
+    shape: tuple[int, ...]
     dtype: str
 
     @property
     def nbytes(self) -> int:
-        return self.length * ITEM_BYTES[self.dtype]
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 class BaseCopy(NamedTuple):
@@ -146,7 +147,7 @@ class GroupPlan:
     zeros: tuple[ZeroMove, ...]
     rows: tuple[TableRow, ...]
     spans: tuple[ByteSpan, ...]
-    vectors: tuple[VectorSlot, ...] = ()
+    extras: tuple[ExtraSlot, ...] = ()
     copies: tuple[BaseCopy, ...] = ()
 
 
@@ -243,22 +244,32 @@ class _GroupPlanner:
         self.padded: list[ConvertMove] = []
         self.zeros: list[ZeroMove] = []
 
-    def plan(self, layer: int, pairs: list[TensorPair]) -> GroupPlan:
-        modules, _, a, b, ranks, scales, vectors_of = zip(*pairs, strict=True)
+    def plan(
+        self, layer: int, pairs: list[TensorPair], whole: Sequence[OtherTensor] = (), cast: int = 0
+    ) -> GroupPlan:
+        """Plan a group of pairs, and of whole tensors of which the first `cast` are cast."""
+        empty: tuple[tuple[Any, ...], ...] = ((),) * len(TensorPair._fields)
+        modules, _, a, b, ranks, scales, vectors_of = zip(*pairs, strict=True) if pairs else empty
         multiple = self.target.rank_multiple
         padded = [rank + -rank % multiple for rank in ranks] if multiple > 1 else ranks
         ragged = {n for n, rank in enumerate(ranks) if rank < padded[n]} if multiple > 1 else set()
-        owned = []
+        owned: list[tuple[int, TensorRole, TensorSpan]] = []
+        if whole:
+            owned = [(other.module, other.part, other.span) for other in whole]
         if any(vectors_of):
-            owned = [(pair.module, *vector) for pair in pairs for vector in pair.vectors]
-        offsets = self._place([*a, *b], list(map(itemgetter(2), owned)), ragged)
+            owned += [(pair.module, *vector) for pair in pairs for vector in pair.vectors]
+        offsets = self._place([*a, *b], list(map(itemgetter(2), owned)), ragged, cast)
         cells = zip(modules, offsets, offsets[len(a) :], ranks, padded, scales, strict=False)
         # As `TableRow._make` does, without a call of Python code for each of hundreds.
         rows = tuple(map(tuple.__new__, repeat(TableRow), cells))
-        vectors = tuple(
+        extras = tuple(
             [
-                VectorSlot(module, part, offset, span.shape[0], span.dtype)
-                for (module, part, span), offset in zip(owned, offsets[2 * len(a) :], strict=True)
+                ExtraSlot(
+                    module, part, offset, span.shape, self.target.dtype if n < cast else span.dtype
+                )
+                for n, ((module, part, span), offset) in enumerate(
+                    zip(owned, offsets[2 * len(a) :], strict=True)
+                )
             ]
         )
         reads: list[ReadMove] = []
@@ -278,19 +289,19 @@ class _GroupPlanner:
         converts.sort(key=attrgetter("file_offset"))
         moves = tuple(reads), tuple(converts), tuple(self.zeros)
         nbytes = self.end + -self.end % self.target.alignment
-        return GroupPlan(layer, nbytes, *moves, rows, _merge_spans(moved), vectors)
+        return GroupPlan(layer, nbytes, *moves, rows, _merge_spans(moved), extras)
 
     def _place(
-        self, matrices: list[TensorSpan], vectors: list[TensorSpan], ragged: set[int]
+        self, matrices: list[TensorSpan], extras: list[TensorSpan], ragged: set[int], cast: int
     ) -> list[int]:
-        """Return the offsets of `matrices` (every A, then every B) and of `vectors`.
+        """Return the offsets of `matrices` (every A, then every B) and of `extras`.
 
-        Vectors are not cast. The pairs in `ragged` need padding.
+        Of the extras, only the first `cast` are cast. The pairs in `ragged` need padding.
 
         Tensors are placed in file order at the next aligned offset. Tensors contiguous in both
         file and extent form one run; a file with aligned tensors makes the group a single run.
         """
-        spans, count = [*matrices, *vectors], len(matrices)
+        spans, count = [*matrices, *extras], len(matrices)
         pairs = count // 2
         starts = list(map(attrgetter("start"), spans))
         offsets = [0] * len(spans)
@@ -304,7 +315,7 @@ class _GroupPlanner:
                 pad = self._pad_rows if n < pairs else self._pad_columns
                 end = pad(span, offset)
                 continue
-            source = span.dtype if n < count else dtype
+            source = span.dtype if n < count + cast else dtype
             if span.pieces:
                 end = self._place_pieces(span, offset, source)
                 continue
@@ -475,8 +486,8 @@ class TransferPlan:
         return tuple([sum(map(nbytes, group.converts)) for group in self.groups])
 
     @cached_property
-    def has_vectors(self) -> bool:
-        return any(map(attrgetter("vectors"), self.groups))
+    def has_extras(self) -> bool:
+        return any(map(attrgetter("extras"), self.groups))
 
     @cached_property
     def copies(self) -> tuple[BaseCopy, ...]:
@@ -490,7 +501,7 @@ class TransferPlan:
             tuple([group.nbytes for group in groups]),
             tuple(sorted(range(len(groups)), key=starts.__getitem__)),
             file_nbytes=self.file_bytes,
-            weight=sum([max(len(g.rows) + len(g.vectors), len(g.spans)) for g in groups]),
+            weight=sum([max(len(g.rows) + len(g.extras), len(g.spans)) for g in groups]),
         )
         return sizes, replace(sizes, holdable=True)
 
@@ -541,37 +552,43 @@ def plan_transfer(
     pairs, others = pair_tensors(header, spec, layout, limits)
     if cuts:
         pairs, others = cut_pairs(pairs, cuts), cut_others(others, layout.modules, cuts)
-    by_layer = groupby(pairs, key=attrgetter("layer"))
-    groups = tuple(
-        [_GroupPlanner(target).plan(layer, list(members)) for layer, members in by_layer]
-    )
-    if others and compares_copies:
-        groups = _with_copies(groups, others)
+    by_layer = {n: list(members) for n, members in groupby(pairs, key=attrgetter("layer"))}
+    if others:
+        groups = _plan_with_others(target, by_layer, others, layout, compares=compares_copies)
+    else:
+        groups = tuple([_GroupPlanner(target).plan(n, pairs) for n, pairs in by_layer.items()])
     nbytes = sum([group.nbytes for group in groups])
     check_size(nbytes, f"as {target.dtype} on the device", limits)
-    rank = max(map(attrgetter("rank"), pairs))
+    rank = max(map(attrgetter("rank"), pairs), default=0)
     return TransferPlan(groups, target.dtype, rank, nbytes, file_bytes)
 
 
-def _with_copies(
-    groups: tuple[GroupPlan, ...], others: Iterable[OtherTensor]
+def _plan_with_others(
+    target: DeviceRules,
+    pairs: Mapping[int, list[TensorPair]],
+    others: Sequence[OtherTensor],
+    layout: ModelLayout,
+    *,
+    compares: bool,
 ) -> tuple[GroupPlan, ...]:
-    """Add each copy to the group of its layer, before whose use it is compared."""
-    by_layer: dict[int, list[BaseCopy]] = {}
-    for other in others:
-        by_layer.setdefault(other.layer, []).append(BaseCopy.of(other))
-    return tuple(
-        [
-            replace(
-                group,
-                copies=tuple(copies),
-                spans=_merge_spans([*group.spans, *(s for copy in copies for s in copy.sources)]),
-            )
-            if (copies := by_layer.get(group.layer))
-            else group
-            for group in groups
-        ]
-    )
+    """Plan groups of pairs by layer and of other tensors, which come with their layers.
+
+    A copy of the base's weight is compared before its layer is used, if at all (`compares`).
+    """
+    groups = []
+    for layer in sorted({*pairs, *(other.layer for other in others)}):
+        members = [other for other in others if other.layer == layer]
+        copies = [BaseCopy.of(it) for it in members if it.part is TensorRole.BASE_COPY]
+        whole = [other for other in members if other.part is not TensorRole.BASE_COPY]
+        whole.sort(key=lambda other: other.module >= len(layout.modules))
+        cast = sum(other.module < len(layout.modules) for other in whole)
+        group = _GroupPlanner(target).plan(layer, pairs.get(layer, []), whole, cast)
+        if copies and compares:
+            sources = chain.from_iterable(copy.sources for copy in copies)
+            spans = _merge_spans([*group.spans, *sources])
+            group = replace(group, copies=tuple(copies), spans=spans)
+        groups.append(group)
+    return tuple(groups)
 
 
 def check_size(nbytes: int, where: str, limits: Limits) -> None:

@@ -177,7 +177,7 @@ class Assembly:
             transfer=GroupTransfer(
                 device,
                 staging,
-                [module.name for module in held.modules],
+                held.names,
                 check_finite=config.check_finite,
                 tracer=self.store.tracer,
                 base=self.base_copies,

@@ -111,6 +111,8 @@ def test_every_field_of_peft_is_treated() -> None:
             {"layers": (1, 2), "layer_patterns": ("h",)},
         ),
         ({"ensure_weight_tying": True}, {"ensure_weight_tying": True}),
+        ({"modules_to_save": ["norm"]}, {"saved": ("norm",)}),
+        ({"task_type": "SEQ_CLS"}, {"saved": ("classifier", "score")}),
         ({"use_dora": True}, {"dora": True}),
         ({"lora_bias": True}, {"lora_bias": True}),
         ({"lora_bias": True, "init_lora_weights": False}, {"lora_bias": True}),
@@ -192,7 +194,6 @@ INITS = {
 LONG_PATTERNS = {f".*{n}.*" + "x?" * 40: 1 for n in range(60)}
 FEATURES: list[tuple[str, object, str]] = [
     *(("bias", value, "biases") for value in ("all", "lora_only")),
-    ("modules_to_save", ["lm_head"], "full copies"),
     ("trainable_token_indices", [1], "rows of the embedding"),
     ("trainable_token_indices", {"embed_tokens": [1]}, "rows of the embedding"),
     ("target_parameters", ["experts.up"], "bare parameters"),
@@ -256,6 +257,7 @@ WRONG: dict[str, list[object]] = {
     "target_modules": [1, [1], {"q": 1}, True],
     "exclude_modules": [1, [None]],
     "layers_pattern": [1],
+    "modules_to_save": ["norm", [1], {"norm": 1}],
     "layers_to_transform": [True, 1.0, "1", ["1"], [True]],
     "eva_config": [[]],
     "base_model_name_or_path": [1],

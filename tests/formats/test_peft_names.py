@@ -53,6 +53,8 @@ EMBEDDING = [TensorName("embed_tokens", part, True) for part in (TensorRole.A, T
 BOTH = {"target_modules": ["q_proj", "embed_tokens"]}
 
 
+SAVED = (TensorRole.WEIGHT, TensorRole.OWN_BIAS)
+NORMS = [TensorName(f"layers.{n}.norm", part, None) for n in range(2) for part in SAVED]
 MAGNITUDES = [TensorName(path, TensorRole.MAGNITUDE, None) for path in [*QUERIES, "embed_tokens"]]
 
 
@@ -64,6 +66,7 @@ MAGNITUDES = [TensorName(path, TensorRole.MAGNITUDE, None) for path in [*QUERIES
         ({"lora_bias": True}, [TensorName(query, TensorRole.BIAS) for query in QUERIES]),
         (BOTH, EMBEDDING),
         ({**BOTH, "use_dora": True}, [*MAGNITUDES, *EMBEDDING]),
+        ({"modules_to_save": ["norm"]}, NORMS),
     ],
 )
 def test_names_of_peft_that_are_applied(settings: dict[str, Any], more: list[TensorName]) -> None:
@@ -77,9 +80,7 @@ def test_names_of_peft_that_are_applied(settings: dict[str, Any], more: list[Ten
     [
         # Parameters of one module wrap each other; a single one looks like a plain linear.
         ({"target_parameters": ["experts.up", "experts.down"]}, "target_parameters"),
-        ({"modules_to_save": ["norm"]}, "(bias or )?modules_to_save"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ({"bias": "all"}, "bias"),
     ],
 )
 def test_tensors_peft_writes_for_other_features(settings: dict[str, Any], feature: str) -> None:
@@ -94,8 +95,7 @@ BASE = "base_model.model."
 REFUSED = {
     "full copy of.*target_modules and modules_to_save": "classifier.base_layer.weight"
     " model.norm.base_layer.weight",
-    "resized vocabulary": "model.embed_tokens.weight lm_head.weight",
-    "modules_to_save": "score.weight",
+    "bias .a trained bias": "q.base_layer.bias",
     "target_parameters": "model.layers.0.mlp.experts.base_layer.lora_A.weight",
     "trainable_token_indices": "model.embed_tokens.token_adapter.trainable_tokens_delta",
     "KaSA": "q.lora_diag",

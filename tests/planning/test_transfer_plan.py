@@ -211,7 +211,7 @@ def test_every_rank_has_its_rows_and_columns_of_every_tensor(
         made = plan(file, spec, layout, limits=LIMITS, cuts=sharding.cuts, **how)
         assert (made.dtype, made.rank, made.file_bytes) == (stored, rank, len(file))
         assert made.nbytes == sum(group.nbytes for group in made.groups)
-        assert made.has_vectors == (adapter.vector is not None)
+        assert made.has_extras == (adapter.vector is not None)
         layers = [group.layer for group in made.groups]
         assert layers == sorted(set(layers))
         expected = {
@@ -236,10 +236,10 @@ def test_every_rank_has_its_rows_and_columns_of_every_tensor(
                 assert not b[:, rank:].any()
                 if adapter.vector is None:
                     del expected[held.name]
-            for vector in group.vectors:
+            for vector in group.extras:
                 whole = expected.pop(sharding.held.modules[vector.module].name)[2]
                 assert vector.offset % ALIGNMENT == 0
-                assert (TORCH[vector.dtype], vector.length) == (whole.dtype, len(whole))
+                assert (TORCH[vector.dtype], vector.shape) == (whole.dtype, whole.shape)
                 assert vector.part is PARTS[adapter.vector or ""]
                 there = extent[vector.offset : vector.offset + vector.nbytes]
                 assert torch.equal(there.view(whole.dtype), whole)
@@ -275,8 +275,8 @@ def test_a_layer_with_magnitudes_is_one_read_where_nothing_is_cast() -> None:
     layout = ModelLayout((Module(Q, 16, 16, 0, COLUMN),), 1, "F32")
     [group] = plan(file, spec_of(DORA, 1), layout).groups
     assert group.reads == (ReadMove(len(file) - 192, 192, target=0),)
-    assert [tuple(vector) for vector in group.vectors] == [
-        (0, TensorRole.MAGNITUDE, 128, 16, "F32")
+    assert [tuple(vector) for vector in group.extras] == [
+        (0, TensorRole.MAGNITUDE, 128, (16,), "F32")
     ]
     assert (group.nbytes, group.converts) == (192, ())
 
@@ -336,7 +336,8 @@ ODD = torch.ones(5)
         (None, TWO_ODD, IncompatibleAdapterError, "layers.0.q .*layers.0.v .*2 modules in all"),
         (None, pair("model.layers.1.q", 8, 4), IncompatibleAdapterError, r"1.*2 tensors in all"),
         (None, pair("model.lm_head", 8, 9), IncompatibleAdapterError, "no such module"),
-        (None, [*GOOD, (f"{PREFIX}x.weight", A[1])], UnsupportedAdapterError, "x.weight"),
+        (None, [*GOOD, (f"{PREFIX}x.weight", A[1])], IncompatibleAdapterError, "x.weight"),
+        (None, [*GOOD, (f"{PREFIX}x.lora_C", A[1])], UnsupportedAdapterError, "x.lora_C"),
         # Vectors and the flags that announce them.
         (DORA, QP, AdapterFormatError, f"use_dora is set, and module '{Q}' has no magnitude"),
         (BIAS, QP, AdapterFormatError, f"lora_bias is set, and module '{Q}' has no bias"),

@@ -122,6 +122,7 @@ class ServerPlugin:
                 read_layout(config.model_config),
                 config.lora_config.max_lora_rank,
                 check_finite=settings.check_finite,
+                engine="vLLM",
                 base=config.model_config.model,
                 base_copies=settings.base_copies,
             )
