@@ -58,15 +58,21 @@ class WholeModule(ModuleWeights):
     `weight` and `bias` are views on the device, as `ModuleWeights.a`; None for one that the adapter
     leaves as the base has it. Those of linear modules and embeddings have the loader's dtype,
     others the file's. Of a resized vocabulary, `weight` has another number of rows than the base's.
-    It has no A and B: reading them raises `UsageError`.
+    It has no A and B: reading them raises `UsageError`. With `tokens`, `weight` has the rows of
+    these tokens alone (trainable_token_indices), in place of the embedding's, and of a head's that
+    is tied to it.
     """
 
-    __slots__ = ("weight",)
+    __slots__ = ("tokens", "weight")
     weight: torch.Tensor | None
+    tokens: tuple[int, ...]
 
-    def __init__(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, weight: torch.Tensor | None, bias: torch.Tensor | None, tokens: tuple[int, ...] = ()
+    ) -> None:
         object.__setattr__(self, "weight", weight)
         object.__setattr__(self, "bias", bias)
+        object.__setattr__(self, "tokens", tokens)
 
     def __getattr__(self, name: str) -> NoReturn:
         if name in ModuleWeights.__slots__:
@@ -77,7 +83,7 @@ class WholeModule(ModuleWeights):
         raise AttributeError(name)
 
     def __repr__(self) -> str:
-        return f"WholeModule(weight={self.weight!r}, bias={self.bias!r})"
+        return f"WholeModule({self.weight!r}, {self.bias!r}, {self.tokens!r})"
 
 
 class ModuleViews(Mapping[str, ModuleWeights]):
@@ -91,7 +97,8 @@ class ModuleViews(Mapping[str, ModuleWeights]):
         self._rows: dict[str, TableRow | int] = {
             layout.modules[row.module].name: row for group in groups for row in group.rows
         }
-        for module in sorted(lease.occupancy.extras.whole if lease.occupancy.extras else ()):
+        extras = lease.occupancy.extras
+        for module in sorted(extras.whole | extras.trained) if extras is not None else ():
             self._rows[layout.at(module).name] = module
 
     def __getitem__(self, name: str) -> ModuleWeights:
@@ -102,7 +109,11 @@ class ModuleViews(Mapping[str, ModuleWeights]):
         if not self._lease.occupancy.is_ready(layer):
             raise UsageError(f"layer {layer} is not ready yet; await layer_ready({layer})")
         if isinstance(row, int):
-            return WholeModule(*map(partial(self._extra, module), (_WEIGHT, _OWN_BIAS)))
+            rows = self._extra(module, TensorRole.TOKENS)
+            if rows is not None:
+                extras = self._lease.occupancy.extras
+                return WholeModule(rows, None, extras.tokens(module) if extras else ())
+            return WholeModule(self._extra(module, _WEIGHT), self._extra(module, _OWN_BIAS))
         operands = self._device.operands(module, self._lease.occupancy.grant.slot.index)
         assert operands is not None
         a, b, _ = operands

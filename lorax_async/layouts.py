@@ -54,6 +54,7 @@ from lorax_async.planning.model_families import (
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.remote.hub import download_base
 from lorax_async.sources.local import read_header
+from lorax_async.types import AdapterSpec
 
 
 def parts_of(model: Any, name: str, out_features: int) -> Parts:
@@ -439,6 +440,7 @@ def from_adapter(dir: str | PathLike[str], *, limits: Limits | None = None) -> M
         )
         for path, (a, b, embedding) in shapes.items()
     ]
+    modules += _token_modules(header, spec)
     dtypes = {span.dtype for a, b, _ in shapes.values() for span in (a, b)}
     uniform = len(dtypes) == 1 and dtypes <= set(WEIGHT_DTYPES)
     layout = ModelLayout(
@@ -477,13 +479,25 @@ def _whole_shapes(header: Header) -> dict[str, tuple[_Shape, _Shape]]:
     return whole
 
 
+def _token_modules(header: Header, spec: AdapterSpec) -> list[Module]:
+    """Return the embeddings of which the adapter has rows, as large as its tokens tell."""
+    size = 1 + max((token for _, tokens in spec.tokens for token in tokens), default=0)
+    named = [(parse_tensor_name(span.name), span) for span in header.tensors]
+    return [
+        Module(name.module, size, span.shape[-1], -1, Parallelism.REPLICATED, embedding=True)
+        for name, span in named
+        if name.part is TensorRole.TOKENS and span.shape
+    ]
+
+
 def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan, bool]]:
     """Return A and B of each module, and whether it is an embedding."""
     parts: dict[str, dict[TensorRole, TensorSpan]] = {}
     vectors: dict[str, TensorSpan] = {}
     embeddings: dict[str, bool] = {}
     named = [(parse_tensor_name(span.name), span) for span in header.tensors]
-    for name, span in [(name, span) for name, span in named if name.part not in WHOLE]:
+    left = WHOLE | {TensorRole.TOKENS}
+    for name, span in [(name, span) for name, span in named if name.part not in left]:
         if name.part not in _MATRICES:
             vectors.setdefault(name.module, span)
             continue

@@ -356,6 +356,9 @@ class AdapterSpec:
     """`layers_pattern`: what precedes the number of a layer in a path; () is any name."""
     saved: tuple[str, ...] = ()
     """`modules_to_save` and what PEFT adds by `task_type`: ends of the paths of whole modules."""
+    tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """`trainable_token_indices`: ends of the paths of embeddings, "" for that of the input, and the
+    trained tokens of each."""
     ensure_weight_tying: bool = False
     """Whether a head tied to the embedding gets the embedding's adapter."""
     base_model: str | None = None

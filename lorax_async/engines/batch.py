@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -251,7 +251,8 @@ class LoaderLocation:
     `tables` are the device's; `factors` belong to the model's weights; `plans` to the latest
     batches. `copies` compare with the model while it is attached; `replaced` are its modules with
     adapters' parameters. `caps_logits` is whether the model changes the head's outputs, so that
-    -inf would not stay what it is.
+    -inf would not stay what it is. `tied` has the embedding's index of each head that shares its
+    weight.
     """
 
     device: Device
@@ -261,8 +262,14 @@ class LoaderLocation:
     plans: PlanCache[BatchPlans]
     copies: BaseCopies
     caps_logits: bool = False
+    tied: Mapping[int, int] = field(default_factory=dict)
     tracer: Tracer = field(default_factory=Tracer)
     replaced: ReplacedModules = field(default_factory=ReplacedModules)
+
+    def with_tied(self, modules: frozenset[int]) -> frozenset[int]:
+        """Return the modules with the heads that are tied to one of them."""
+        heads = (head for head, module in self.tied.items() if module in modules)
+        return modules.union(heads) if modules else modules
 
 
 class ModelBatch:
@@ -309,7 +316,7 @@ class ModelBatch:
                     uses.enter_context(handle.use())
                     if (extras := handle.extras) is not None:
                         self._extras[handle.slot.index] = extras
-                        self.replaced |= extras.whole
+                        self.replaced |= extras.whole | self._place.with_tied(extras.trained)
                 except UsageError:
                     raise
                 except LoraxError as error:
@@ -371,30 +378,30 @@ class ModelBatch:
         are as wide as the widest: what a row has no logits for is -inf.
         """
         self.gate.enter(adapted.module.layer)
-        out, place, index = self.gate.slots_out, self._place, adapted.index
-        rows_of: dict[int, list[int]] = {}
-        for row, slot in enumerate(self._slots):
-            if slot in self._extras and index in self._extras[slot].whole:
-                rows_of.setdefault(slot, []).append(row)
+        out, index = self.gate.slots_out, adapted.index
+        whole = self._rows_of(lambda extras: index in extras.whole)
+        place = self._place
         modules = {
             slot: place.replaced.of(self._extras[slot], place.device, adapted)
-            for slot in rows_of
+            for slot in whole
             if slot not in out
         }
-        if len(modules) == 1 and len(set(self._slots)) == 1:
+        alone = len(set(self._slots)) == 1
+        if alone and modules:
             (module,) = modules.values()
             return _guarded(_compute(module, inputs))
-        if any(x.dim() < 2 or x.shape[0] != self._rows for x in inputs):
+        if not alone and any(x.dim() < 2 or x.shape[0] != self._rows for x in inputs):
             raise _mixed_error(adapted.module, inputs, self._rows)
         known = inputs
-        if adapted.module.embedding:
+        if adapted.module.embedding and whole:
             # The base may not know the ids of these rows.
-            known = (inputs[0].index_fill(0, _rows_like(chain(*rows_of.values()), inputs[0]), 0),)
+            known = (inputs[0].index_fill(0, _rows_like(chain(*whole.values()), inputs[0]), 0),)
         y = base(*known)
         if isinstance(adapted.module, Module):
             y = self.adapt(y, known[0], adapted)
+            self._write_tokens(y, known[0], adapted)
         for slot, module in modules.items():
-            rows = _rows_like(rows_of[slot], y)
+            rows = _rows_like(whole[slot], y)
             own = _compute(module, tuple(x[rows] for x in inputs))
             if own.shape[-1] != y.shape[-1] and place.caps_logits:
                 raise UsageError(
@@ -403,6 +410,34 @@ class ModelBatch:
                 )
             y = _with_rows(y, rows, own)
         return y
+
+    def _rows_of(self, has: Callable[[ExtraTensors], bool]) -> dict[int, list[int]]:
+        """Return the rows of each slot whose extras fulfil `has`."""
+        rows: dict[int, list[int]] = {}
+        slots = {slot for slot, extras in self._extras.items() if has(extras)}
+        for row, slot in enumerate(self._slots):
+            if slot in slots:
+                rows.setdefault(slot, []).append(row)
+        return rows
+
+    def _write_tokens(self, y: torch.Tensor, x: torch.Tensor, adapted: AdaptedModule) -> None:
+        """Write trained tokens over `y`: their rows in an embedding, their logits in a head."""
+        place, index = self._place, adapted.index
+        target, alone = y.detach(), len(set(self._slots)) == 1
+        for slot, rows in self._rows_of(lambda extras: bool(extras.trained)).items():
+            extras = self._extras[slot]
+            source = index if index in extras.trained else place.tied.get(index, index)
+            weight = extras.view(place.device, source, TensorRole.TOKENS)
+            if weight is None or slot in self.gate.slots_out:
+                continue
+            tokens = _rows_like(extras.tokens(source), y)
+            at: Any = slice(None) if alone else _rows_like(rows, y)
+            if adapted.module.embedding:
+                target[at] = _looked_up(target[at], x[at], tokens, weight, adapted.base)
+            else:
+                own = target[at]
+                own[..., tokens] = linear(x[at], weight)
+                target[at] = own
 
     def adapt(self, y: torch.Tensor, x: torch.Tensor, adapted: AdaptedModule) -> torch.Tensor:
         """Add each row's adapter to the layer's output `y` `[rows, tokens, out]` and return it.
@@ -513,6 +548,19 @@ def _compute(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tenso
     """Return what the module's class computes, without hooks, which are the base's."""
     forward: Callable[..., torch.Tensor] = type(module).forward
     return forward(module, *inputs)
+
+
+def _looked_up(
+    y: torch.Tensor, ids: torch.Tensor, tokens: torch.Tensor, weight: torch.Tensor, base: nn.Module
+) -> torch.Tensor:
+    """Return an embedding's output with other rows for some tokens. Every input may have them."""
+    ordered, order = tokens.sort()
+    found = torch.searchsorted(ordered, ids).clamp_(max=len(ordered) - 1)
+    own = weight[order[found]]
+    scale = getattr(base, "embed_scale", None)
+    if scale is not None:
+        own = own * torch.as_tensor(scale, dtype=own.dtype, device=own.device)
+    return torch.where((ordered[found] == ids).unsqueeze(-1), own, y)
 
 
 def _rows_like(rows: Iterable[int], tensor: torch.Tensor) -> torch.Tensor:

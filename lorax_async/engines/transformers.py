@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
@@ -161,6 +161,7 @@ def attach(model: nn.Module, loader: AdapterLoader) -> AttachedModel:
     device, tables = loader.device, loader.tables
     loop = asyncio.get_running_loop()
     copies = loader.base_copies
+    bases = modules_of(model, loader.held_layout, loader.config.shard)
     place = LoaderLocation(
         device,
         tables,
@@ -169,14 +170,25 @@ def attach(model: nn.Module, loader: AdapterLoader) -> AttachedModel:
         PlanCache(),
         copies,
         caps_logits=_caps_logits(model),
+        tied=_tied_heads(bases, loader.held_layout.modules),
         tracer=loader.tracer,
     )
-    bases = modules_of(model, loader.held_layout, loader.config.shard)
     require_fit(bases, str(loader.config.dtype), place.tables.rank.device)
     if any(isinstance(vars(base).get("forward"), AdaptedForward) for base in bases):
         raise UsageError("the model has adapters attached already; detach them first")
     copies.use_model(bases)
     return AttachedModel(model, bases, loader.held_layout, place)
+
+
+def _tied_heads(bases: list[nn.Module], modules: Sequence[Module]) -> dict[int, int]:
+    """Return the index of the embedding whose weight a linear module shares, by the latter's."""
+    weights: list[Any] = [getattr(base, "weight", None) for base in bases]
+    embeddings = {id(weights[n]): n for n, module in enumerate(modules) if module.embedding}
+    return {
+        n: embeddings[id(weight)]
+        for n, weight in enumerate(weights)
+        if not modules[n].embedding and id(weight) in embeddings
+    }
 
 
 def _caps_logits(model: nn.Module) -> bool:
@@ -308,6 +320,31 @@ class AttachedModel:
                     f"row {number}: {row!r} is another loader's; load it with this one"
                 )
             self._require_local(row)
+            self._require_ties(row)
+
+    def _require_ties(self, row: AdapterHandle) -> None:
+        """Refuse trained tokens of a pair that is tied in the adapter's base and not in the model.
+
+        And what PEFT does not define: a tied head that the adapter changes otherwise too.
+        """
+        if row.extras is None or not row.extras.trained:
+            return
+        tied, extras = self._place.tied, row.extras
+        problem = None
+        for module in extras.needing_ties:
+            if module not in tied.values() and module not in tied:
+                problem = "of a tied head, and the model's is not tied to its embedding"
+        for head, embedding in tied.items():
+            if embedding not in extras.trained:
+                continue
+            own, changed = extras.tokens(head), self._layout.at(head).name in row.modules
+            base: Any = self._replaced[head].base_module
+            if (changed and not own) or own == extras.tokens(embedding):
+                problem = "whose head, tied to the embedding, it changes otherwise too"
+            elif not own and base.bias is not None:
+                problem = "of a tied head that has a bias, which PEFT would leave out"
+        if problem is not None:
+            raise UsageError(f"adapter {row.id!r} has trained tokens {problem}; merge it")
 
     def _install_others(self, batch: ModelBatch) -> None:
         """Replace the forwards of norms and the like, which only these batches need."""
@@ -352,6 +389,7 @@ class AdaptedForward:
         self.base: Forward = adapted.base.forward
         self._attached = attached
         self._adapted = adapted
+        self.base_module = adapted.base
         self._attributes = vars(adapted.base)
         # An attribute that hid the class's forward, for example of accelerate's hooks.
         self._before: Forward | None = self._attributes.get("forward")

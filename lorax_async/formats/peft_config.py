@@ -46,6 +46,11 @@ def _is_list_of_names(value: JsonValue) -> bool:
     return _off(value) or (isinstance(value, list) and _are_names(value))
 
 
+def _are_tokens(value: JsonValue) -> bool:
+    lists = value.values() if isinstance(value, dict) else [value]
+    return _off(value) or all(isinstance(it, list) and _are_indices(it) for it in lists)
+
+
 def _are_indices(value: JsonValue) -> bool:
     indices = value if isinstance(value, list) else [value]
     return value is None or all(type(index) is int for index in indices)
@@ -82,7 +87,6 @@ _OBJECT = ConfigField(_is(NoneType, dict), "null or an object")
 UNKNOWN = ConfigField(_off, "a field that this version does not know", refused=True)
 _REFUSED: Mapping[str, tuple[str, Callable[[JsonValue], bool]]] = {
     "bias": ("trained biases", lambda value: value == "none" or _off(value)),
-    "trainable_token_indices": ("trained rows of the embedding", _off),
     "target_parameters": ("LoRA on bare parameters, as in fused experts", _off),
     "layer_replication": ("a base with repeated layers", _off),
     "alora_invocation_tokens": ("aLoRA, active only after its invocation tokens", _off),
@@ -108,6 +112,9 @@ FIELDS: Mapping[str, ConfigField] = {
     **dict.fromkeys(("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"), _SWITCH),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),
     "modules_to_save": ConfigField(_is_list_of_names, "null or a list of strings"),
+    "trainable_token_indices": ConfigField(
+        _are_tokens, "null, a list of tokens or an object of such"
+    ),
     "base_model_name_or_path": ConfigField(_is(NoneType, str), "null or a string"),
     "layers_to_transform": ConfigField(_are_indices, "null, an integer or a list of integers"),
     # Settings of initialisations, which only init_lora_weights enables.
@@ -193,6 +200,7 @@ def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
         layers=tuple(layer for layer in layers if isinstance(layer, int)),
         layer_patterns=_read_layer_patterns(config.get("layers_pattern")),
         saved=_read_saved(config.get("modules_to_save"), task),
+        tokens=_read_tokens(config.get("trainable_token_indices")),
         ensure_weight_tying=bool(config.get("ensure_weight_tying")),
         base_model=base if isinstance(base, str) else None,
         base_class=_read_base_class(config.get("auto_mapping")),
@@ -255,6 +263,12 @@ def _check_layers(config: Mapping[str, JsonValue]) -> str | None:
     if config.get("layers_pattern") and config.get("layers_to_transform") is None:
         return "layers_pattern without layers_to_transform"
     return None
+
+
+def _read_tokens(value: JsonValue) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    named = value.items() if isinstance(value, dict) else [("", value)] if value else []
+    listed = ((name, ids if isinstance(ids, list) else []) for name, ids in named)
+    return tuple((name, tuple(it for it in ids if isinstance(it, int))) for name, ids in listed)
 
 
 # What PEFT's classes of these tasks add to modules_to_save.

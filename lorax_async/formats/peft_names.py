@@ -172,13 +172,12 @@ def parse_tensor_name(name: str) -> TensorName:
     `AdapterFormatError` for a module path that is malformed or not in canonical form.
     """
     path, _, last = name.rpartition(".")
-    kind = SUFFIXES.get(last)
-    if last in {"weight", "bias"}:
-        owner, _, factor = path.rpartition(".")
-        if (found := SUFFIXES.get(f"{factor}.{last}")) is not None:
-            path, kind = owner, found
-        elif factor.startswith("lora_"):
-            kind = None
+    owner, _, factor = path.rpartition(".")
+    kind = SUFFIXES.get(f"{factor}.{last}")
+    if kind is not None:
+        path = owner
+    elif last not in {"weight", "bias"} or not factor.startswith("lora_"):
+        kind = SUFFIXES.get(last)
     if kind is None or not path.startswith(PREFIX):
         raise _refusal(name)
     module = path[len(PREFIX) :]

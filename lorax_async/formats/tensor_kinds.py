@@ -17,7 +17,8 @@ class TensorRole(Enum):
 
     A `[rank, in]` and B `[out, rank]` are the factors of `scale * B @ A`. The vectors are `[out]`:
     BIAS (lora_bias) is added to B's output, MAGNITUDE is DoRA's. BASE_COPY is the weight of the
-    base itself. WEIGHT and OWN_BIAS (modules_to_save) take the place of the base's own.
+    base itself. WEIGHT and OWN_BIAS (modules_to_save) take the place of the base's own, and TOKENS
+    `[n, out]` (trainable_token_indices) of n rows of an embedding, and of a head tied to it.
     """
 
     A = "A"
@@ -27,6 +28,7 @@ class TensorRole(Enum):
     BASE_COPY = "copy of the base's weight"
     WEIGHT = "weight"
     OWN_BIAS = "own bias"
+    TOKENS = "trained tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ KINDS = (
     TensorKind(TensorRole.MAGNITUDE, "lora_magnitude_vector", None, ATTACH),
     # Compared with the base, and then nothing to apply.
     TensorKind(TensorRole.BASE_COPY, "base_layer.weight", None, EVERY - {"LoRAX"}),
+    TensorKind(TensorRole.TOKENS, "token_adapter.trainable_tokens_delta", None, ATTACH),
     # After the suffixes above: any other name that ends so is that of a whole module.
     TensorKind(TensorRole.WEIGHT, "weight", None, ATTACH),
     TensorKind(TensorRole.OWN_BIAS, "bias", None, ATTACH),
@@ -82,5 +85,6 @@ FEATURES: Mapping[TensorRole, str] = {
     TensorRole.BASE_COPY: "save_embedding_layers, a copy of the base's weight",
     TensorRole.WEIGHT: "modules_to_save, a whole module",
     TensorRole.OWN_BIAS: "modules_to_save, a whole module",
+    TensorRole.TOKENS: "trainable_token_indices",
 }
 """What errors call the features that write these tensors."""

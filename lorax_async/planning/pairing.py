@@ -59,12 +59,18 @@ class TensorPair(NamedTuple):
 
 
 class OtherTensor(NamedTuple):
-    """A tensor that is not of a pair. `module` is the layout's index (`ModelLayout.at`)."""
+    """A tensor that is not of a pair. `module` is the layout's index (`ModelLayout.at`).
+
+    `tokens` are those whose rows it has. `needs_tie` is whether the config names a module besides
+    that has them only where it is tied to this one.
+    """
 
     module: int
     layer: int
     part: TensorRole
     span: TensorSpan
+    tokens: tuple[int, ...] = ()
+    needs_tie: bool = False
 
 
 class Pairing(NamedTuple):
@@ -86,11 +92,14 @@ def pair_tensors(header: Header, spec: AdapterSpec, layout: ModelLayout, limits:
     not supported.
     """
     try:
-        return _pair(header, spec, layout, limits)
+        pairing = _pair(header, spec, layout, limits)
     except IncompatibleAdapterError as error:
         fit = _describe_other_class(header.tensors, spec, layout)
         bases = _describe_bases(header.tensors, spec, layout)
         raise IncompatibleAdapterError(f"{error.problem}{fit}; {bases}") from None
+    if spec.tokens:
+        _require_tokens(pairing.others, spec)
+    return pairing
 
 
 def _pair(header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits) -> Pairing:
@@ -147,11 +156,15 @@ def _pick_others(
         part = _PARTS[number]
         if part is TensorRole.BASE_COPY and place - number not in places:
             raise _orphan_error(span, "A")  # PEFT writes it beside A and B
-        if part in WHOLE and place - number in places:
+        if (part in WHOLE or part is TensorRole.TOKENS) and place - number in places:
             raise AdapterFormatError(
-                f"tensor {shorten(span.name, 200)!r} replaces a module that A and B change too;"
-                " train it as one of target_modules and modules_to_save"
+                f"tensor {shorten(span.name, 200)!r} replaces what A and B of the module change"
+                " too; train it as one of target_modules, modules_to_save and"
+                " trainable_token_indices"
             )
+        if part is TensorRole.TOKENS:
+            found.append(_pick_tokens(index, span, spec, layout))
+            continue
         if part is TensorRole.BASE_COPY or part in WHOLE:
             module = layout.at(index)
             if part in WHOLE and not (_counts_tokens(module) or module.name in _TASK_HEADS):
@@ -165,6 +178,50 @@ def _pick_others(
             found.append(OtherTensor(index, module.layer, part, span))
     _require_vocabulary(found, spec, layout)
     return found
+
+
+def _pick_tokens(
+    index: int, span: TensorSpan, spec: AdapterSpec, layout: ModelLayout
+) -> OtherTensor:
+    """Return the trained rows of a module's tokens.
+
+    Raise `AdapterFormatError` unless the config names as many, `IncompatibleAdapterError` if the
+    base has no such tokens.
+    """
+    module, path = layout.modules[index], parse_tensor_name(span.name).module
+    named = [(name, ids) for name, ids in spec.tokens if path.endswith(name)]
+    ids = named[0][1] if named else ()
+    rows, size = module.weight_shape
+    if len(span.shape) != 2 or span.shape[0] != len(ids) or len(set(ids)) < len(ids):
+        raise AdapterFormatError(
+            f"tensor {shorten(span.name, 200)!r} has shape {list(span.shape)}, and"
+            f" trainable_token_indices names {len(set(ids))} tokens of this module; correct it, or"
+            " save the adapter again"
+        )
+    if span.shape[1] != size or not all(0 <= token < rows for token in ids) or module.transposed:
+        raise IncompatibleAdapterError(
+            f"tensor {shorten(span.name, 200)!r} has rows of {span.shape[1]} for tokens up to"
+            f" {max(ids)}, and the base's {shorten(module.name, 100)} has {rows} rows of {size}"
+        )
+    needs_tie = any(other == ids and not path.endswith(name) for name, other in spec.tokens)
+    return OtherTensor(index, module.layer, TensorRole.TOKENS, span, ids, needs_tie)
+
+
+def _require_tokens(others: Iterable[OtherTensor], spec: AdapterSpec) -> None:
+    """Raise `AdapterFormatError` if a module has no rows for the tokens that the config names.
+
+    PEFT gives a tied module those of the embedding, where the config names the same for both.
+    """
+    found = [other for other in others if other.part is TensorRole.TOKENS]
+    paths = [parse_tensor_name(other.span.name).module for other in found]
+    for name, ids in spec.tokens:
+        if any(path.endswith(name) for path in paths) or any(it.tokens == ids for it in found):
+            continue
+        raise AdapterFormatError(
+            f"adapter_config.json: trainable_token_indices names {len(ids)} tokens"
+            f"{f' of {shorten(name, 100)!r}' if name else ''}, and the file has no rows for them;"
+            " save the adapter again, or correct the config"
+        )
 
 
 def _require_saved(tensor: str, spec: AdapterSpec) -> None:

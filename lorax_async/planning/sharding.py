@@ -93,7 +93,7 @@ def cut_others(
     """Return the tensors with the spans of one rank. Those of other modules are whole.
 
     Raise `UnsupportedAdapterError` for a weight of which a rank holds several parts of each row,
-    and for a resized vocabulary, which the ranks would share in another way.
+    and for a resized vocabulary or trained tokens, which the ranks would share in another way.
     """
     shares = []
     for other in others:
@@ -101,6 +101,11 @@ def cut_others(
             shares.append(other)
             continue
         module, cut, span = modules[other.module], cuts[other.module], other.span
+        if other.part is TensorRole.TOKENS:
+            raise UnsupportedAdapterError(
+                f"tensor {shorten(span.name, 200)!r} has rows of trained tokens, and a rank may"
+                " hold others of a head that is tied; load it without a shard"
+            )
         if other.part is TensorRole.OWN_BIAS:
             span = _cut_rows(span, cut.rows)
         elif span.shape == module.weight_shape:

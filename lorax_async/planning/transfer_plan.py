@@ -99,10 +99,11 @@ class TableRow(NamedTuple):
 class ExtraSlot(NamedTuple):
     """A tensor beside A and B, which kernels do not read: `shape` at `offset` of the extent.
 
-    `module` is the layout's index. A whole weight or bias of a module with A and B has the plan's
-    dtype. Others keep the file's: a magnitude scales a whole row of the base's weight, and rounding
-    it to bf16 would change that row by up to 0.2 %. On SmolLM2 this moves the logits a hundred
-    times as far as rounding A and B does.
+    `module` is the layout's index; `tokens` and `needs_tie` are as in `OtherTensor`. What belongs
+    to a linear module or an embedding has the plan's dtype, but for biases and magnitudes. They,
+    and other modules, keep the file's: a magnitude scales a whole row of the base's weight, and
+    rounding it to bf16 would change that row by up to 0.2 %. On SmolLM2 this moves the logits a
+    hundred times as far as rounding A and B does.
     """
 
     module: int
@@ -110,6 +111,8 @@ class ExtraSlot(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     dtype: str
+    tokens: tuple[int, ...] = ()
+    needs_tie: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -265,7 +268,12 @@ class _GroupPlanner:
         extras = tuple(
             [
                 ExtraSlot(
-                    module, part, offset, span.shape, self.target.dtype if n < cast else span.dtype
+                    module,
+                    part,
+                    offset,
+                    span.shape,
+                    self.target.dtype if n < cast else span.dtype,
+                    *(whole[n][4:] if n < len(whole) else ()),
                 )
                 for n, ((module, part, span), offset) in enumerate(
                     zip(owned, offsets[2 * len(a) :], strict=True)

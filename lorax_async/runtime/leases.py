@@ -31,8 +31,11 @@ _MAX_COPIED = 4_096
 """The limit of versions whose weights are known to be finite."""
 
 
+TOKENS = TensorRole.TOKENS
+
+
 class ExtraTensors:
-    """What kernels do not read of one slot occupancy: biases, magnitudes, whole modules.
+    """What kernels do not read of one slot occupancy: vectors, whole modules, trained tokens.
 
     Dropped when the slot is freed. A module is named by its index in the layout
     (`ModelLayout.at`).
@@ -48,11 +51,16 @@ class ExtraTensors:
         """The modules of which the adapter has the weight or the bias itself."""
         self.biases = [module for module, part in self._extras if part is TensorRole.OWN_BIAS]
         """Of these, the modules with a bias."""
+        self.trained = frozenset(module for module, part in self._extras if part is TOKENS)
+        """The modules of which the adapter has rows of tokens."""
+        self.needing_ties = [it.module for it, _ in self._extras.values() if it.needs_tie]
+        """Of these, the modules with which another has to be tied."""
 
     @property
     def modules(self) -> list[int]:
         """The modules with a bias or a magnitude beside A and B."""
-        return [module for module, part in self._extras if part not in WHOLE]
+        beside = {TensorRole.BIAS, TensorRole.MAGNITUDE}
+        return [module for module, part in self._extras if part in beside]
 
     def view(self, device: Device, module: int, part: TensorRole) -> torch.Tensor | None:
         """Return a view on the device, as `ExtraSlot` says; None if the adapter has no such tensor.
@@ -65,10 +73,10 @@ class ExtraTensors:
         extra, extent = found
         return device.view(extent).view(TORCH_DTYPES[extra.dtype]).view(extra.shape)
 
-    def rows(self, module: int) -> int | None:
-        """Return the number of rows of a whole module's weight; None if the adapter has none."""
-        found = self._extras.get((module, TensorRole.WEIGHT))
-        return None if found is None else found[0].shape[0]
+    def tokens(self, module: int) -> tuple[int, ...]:
+        """Return the tokens of a module whose rows the adapter has."""
+        found = self._extras.get((module, TensorRole.TOKENS))
+        return () if found is None else found[0].tokens
 
 
 class SlotOccupancy(SlotCopies):

@@ -112,6 +112,8 @@ def test_every_field_of_peft_is_treated() -> None:
         ),
         ({"ensure_weight_tying": True}, {"ensure_weight_tying": True}),
         ({"modules_to_save": ["norm"]}, {"saved": ("norm",)}),
+        ({"trainable_token_indices": [3, 1]}, {"tokens": (("", (3, 1)),)}),
+        ({"trainable_token_indices": {"wte": [4]}}, {"tokens": (("wte", (4,)),)}),
         ({"task_type": "SEQ_CLS"}, {"saved": ("classifier", "score")}),
         ({"use_dora": True}, {"dora": True}),
         ({"lora_bias": True}, {"lora_bias": True}),
@@ -194,8 +196,6 @@ INITS = {
 LONG_PATTERNS = {f".*{n}.*" + "x?" * 40: 1 for n in range(60)}
 FEATURES: list[tuple[str, object, str]] = [
     *(("bias", value, "biases") for value in ("all", "lora_only")),
-    ("trainable_token_indices", [1], "rows of the embedding"),
-    ("trainable_token_indices", {"embed_tokens": [1]}, "rows of the embedding"),
     ("target_parameters", ["experts.up"], "bare parameters"),
     ("layer_replication", [[0, 2]], "repeated layers"),
     ("alora_invocation_tokens", [1, 2], "aLoRA"),
@@ -258,6 +258,7 @@ WRONG: dict[str, list[object]] = {
     "exclude_modules": [1, [None]],
     "layers_pattern": [1],
     "modules_to_save": ["norm", [1], {"norm": 1}],
+    "trainable_token_indices": [3, "3", [1.0], [True], {"wte": 3}, {"wte": ["3"]}],
     "layers_to_transform": [True, 1.0, "1", ["1"], [True]],
     "eva_config": [[]],
     "base_model_name_or_path": [1],

@@ -67,6 +67,10 @@ MAGNITUDES = [TensorName(path, TensorRole.MAGNITUDE, None) for path in [*QUERIES
         (BOTH, EMBEDDING),
         ({**BOTH, "use_dora": True}, [*MAGNITUDES, *EMBEDDING]),
         ({"modules_to_save": ["norm"]}, NORMS),
+        (
+            {"trainable_token_indices": [1, 2]},
+            [TensorName("embed_tokens", TensorRole.TOKENS, None)],
+        ),
     ],
 )
 def test_names_of_peft_that_are_applied(settings: dict[str, Any], more: list[TensorName]) -> None:
@@ -79,8 +83,7 @@ def test_names_of_peft_that_are_applied(settings: dict[str, Any], more: list[Ten
     ("settings", "feature"),
     [
         # Parameters of one module wrap each other; a single one looks like a plain linear.
-        ({"target_parameters": ["experts.up", "experts.down"]}, "target_parameters"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"target_parameters": ["experts.up", "experts.down"]}, "target_parameters")
     ],
 )
 def test_tensors_peft_writes_for_other_features(settings: dict[str, Any], feature: str) -> None:
@@ -97,7 +100,7 @@ REFUSED = {
     " model.norm.base_layer.weight",
     "bias .a trained bias": "q.base_layer.bias",
     "target_parameters": "model.layers.0.mlp.experts.base_layer.lora_A.weight",
-    "trainable_token_indices": "model.embed_tokens.token_adapter.trainable_tokens_delta",
+    "trainable_token_indices": "model.embed_tokens.trainable_tokens_delta",
     "KaSA": "q.lora_diag",
     "VeLoRA": "q.lora_velora_embed",
     "MonteCLoRA": "q.lora_monteclora_sampler.log_prior",

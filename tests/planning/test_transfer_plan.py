@@ -32,6 +32,7 @@ from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from lorax_async.planning.sharding import shard_layout
 from lorax_async.planning.transfer_plan import (
     ConvertMove,
+    ExtraSlot,
     GroupPlan,
     ReadMove,
     StagingWindow,
@@ -275,9 +276,7 @@ def test_a_layer_with_magnitudes_is_one_read_where_nothing_is_cast() -> None:
     layout = ModelLayout((Module(Q, 16, 16, 0, COLUMN),), 1, "F32")
     [group] = plan(file, spec_of(DORA, 1), layout).groups
     assert group.reads == (ReadMove(len(file) - 192, 192, target=0),)
-    assert [tuple(vector) for vector in group.extras] == [
-        (0, TensorRole.MAGNITUDE, 128, (16,), "F32")
-    ]
+    assert group.extras == (ExtraSlot(0, TensorRole.MAGNITUDE, 128, (16,), "F32"),)
     assert (group.nbytes, group.converts) == (192, ())
 
 
