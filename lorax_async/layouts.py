@@ -6,7 +6,9 @@ without weights. Call them while the server starts, or in a thread.
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -337,6 +339,7 @@ def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
         _text_prefixes(model),
         architecture=type(model).__name__,
         others=_other_modules(model, {module.name for module in modules}, num_layers),
+        renames=_renames(model),
     )
 
 
@@ -358,6 +361,34 @@ def _other_modules(model: nn.Module, known: set[str], num_layers: int) -> tuple[
         layer_of = outside if index is None else index
         others.append(OtherModule(name, shapes[0], shapes[1], layer_of))
     return tuple(others)
+
+
+def _renames(model: Any) -> tuple[tuple[str, str], ...]:
+    """Return the prefixes that transformers, and so PEFT, renames in older files of this model.
+
+    Its other patterns are for weights of bases, not for adapters' modules.
+    """
+    transformers: Any = sys.modules.get("transformers")
+    config = getattr(model, "config", None)
+    if transformers is None or not isinstance(config, transformers.PreTrainedConfig):
+        return ()
+    try:
+        mappings: Any = importlib.import_module("transformers.conversion_mapping")
+    except ImportError:
+        return ()
+    if mappings.get_checkpoint_conversion_mapping(config.model_type) is None:
+        return ()
+    entries: list[Any] = mappings.get_model_conversion_mapping(model)
+    found = []
+    for entry in entries:
+        for pattern in entry.source_patterns:
+            (now, *more), plain = entry.target_patterns, _PREFIX_PATTERN.fullmatch(pattern)
+            if plain and not more and entry.scope_prefix is None and "\\" not in now:
+                found.append((plain[1].replace("\\", ""), now))
+    return tuple(found)
+
+
+_PREFIX_PATTERN = re.compile(r"\^((?:[A-Za-z0-9_]|\\?\.)+)")
 
 
 def _text_prefixes(model: Any) -> tuple[tuple[str, str], ...]:

@@ -85,14 +85,17 @@ class ModelLayout:
     """The linear modules of one base model, in layer order. Immutable, equal and hashed by value.
 
     `modules` may be given in any order; they are stored in layer order, stably sorted, and the
-    position in this tuple indexes the device's tables. `others` are indexed after them; they are
-    not compared, for the config of a base does not tell them. `resizable` is whether adapters may
-    bring a vocabulary of another size. `dtype`, which the model computes in, is
+    position in this tuple indexes the device's tables. `dtype`, which the model computes in, is
     "F32", "F16" or "BF16". `backbone_prefix` is the prefix of the backbone's names in a model with
     a head ("model."), or "". `text_prefixes` are, for a model of text and images, pairs of a prefix
-    in its text class and the same in this one ("model.", "model.language_model."). `base` is the
-    model's folder or hub id and `architecture` its class, for errors; they are not compared. Raise
-    `ConfigError` for inconsistent values.
+    in its text class and the same in this one ("model.", "model.language_model.").
+
+    The rest is not compared. `base` is the model's folder or hub id and `architecture` its class,
+    for errors. `others` are indexed after `modules`; a base's config does not tell them.
+    `resizable` is whether adapters may bring a vocabulary of another size. `renames` are prefixes
+    of modules in former versions of transformers, each with what takes its place, in this order.
+
+    Raise `ConfigError` for inconsistent values.
     """
 
     modules: tuple[Module, ...]
@@ -104,6 +107,7 @@ class ModelLayout:
     architecture: str = field(default="", compare=False)
     others: tuple[OtherModule, ...] = field(default=(), compare=False)
     resizable: bool = field(default=True, compare=False)
+    renames: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.modules, key=lambda module: module.layer))
@@ -203,6 +207,21 @@ class ModelLayout:
     def names(self) -> tuple[str, ...]:
         """The names of all modules, by index."""
         return (*(module.name for module in self.modules), *(it.name for it in self.others))
+
+    def has(self, path: str) -> bool:
+        """Return whether a module or other module has exactly this name."""
+        return path in self._index or path in self._other_index
+
+    def rename(self, path: str) -> str:
+        """Return the present path of a module that former versions of transformers called `path`.
+
+        Like PEFT, leave alone what would only lose the beginning of its name in the file.
+        """
+        renamed = path
+        for before, now in self.renames:
+            if renamed == before or renamed.startswith(f"{before}."):
+                renamed = now + renamed.removeprefix(before)
+        return path if f".model.{path}".endswith(f".{renamed}") else renamed
 
     def at(self, index: int) -> Module | OtherModule:
         """Return the module or other module of an index."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from lorax_async.errors import (
 )
 from lorax_async.formats.peft_names import (
     HEADS,
+    PREFIX,
     TOKENS,
     WEIGHT_DTYPES,
     Targeting,
@@ -92,7 +94,13 @@ def pair_tensors(header: Header, spec: AdapterSpec, layout: ModelLayout, limits:
     not supported.
     """
     try:
-        pairing = _pair(header, spec, layout, limits)
+        try:
+            pairing = _pair(header, spec, layout, limits)
+        except IncompatibleAdapterError:
+            renamed = _renamed(header, layout) if layout.renames else None
+            if renamed is None:
+                raise
+            pairing = _pair(renamed, spec, layout, limits)
     except IncompatibleAdapterError as error:
         fit = _describe_other_class(header.tensors, spec, layout)
         bases = _describe_bases(header.tensors, spec, layout)
@@ -100,6 +108,23 @@ def pair_tensors(header: Header, spec: AdapterSpec, layout: ModelLayout, limits:
     if spec.tokens:
         _require_tokens(pairing.others, spec)
     return pairing
+
+
+def _renamed(header: Header, layout: ModelLayout) -> Header | None:
+    """Return a header with the present names of modules that have former ones.
+
+    None if that does not give the base's names for all: part of an adapter is not applied. Like
+    PEFT, rename the tensors of LoRA alone.
+    """
+    tensors = []
+    for span in header.tensors:
+        name = parse_tensor_name(span.name)
+        path = layout.rename(name.module) if ".lora_" in span.name else name.module
+        if not layout.has(path):
+            return None
+        suffix = span.name.removeprefix(PREFIX + name.module)
+        tensors.append(span._replace(name=f"{PREFIX}{path}{suffix}"))
+    return replace(header, tensors=tuple(tensors))
 
 
 def _pair(header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits) -> Pairing:
