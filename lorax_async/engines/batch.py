@@ -472,7 +472,7 @@ class ModelBatch:
                 f"module {module.name!r}: {error}; give the loader the dtype and layout that the"
                 " module computes with (autocast changes the dtype)"
             ) from error
-        return _guarded(y)
+        return _guarded(y) if y.requires_grad else y
 
     @torch.no_grad()
     def _add_others(
@@ -589,7 +589,7 @@ def _mixed_error(
 
 
 def _guarded(y: torch.Tensor) -> torch.Tensor:
-    """Return `y`, through which no gradient flows."""
+    """Return `y`, which raises `UsageError` if a gradient flows through it."""
     if y.requires_grad:
         on_gradient: Any = y.register_hook  # untyped in torch
         on_gradient(_refuse_gradient)
