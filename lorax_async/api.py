@@ -44,7 +44,7 @@ from lorax_async.events import (
     SlotGranted,
     SlotId,
 )
-from lorax_async.handle import AdapterHandle, ModuleWeights
+from lorax_async.handle import AdapterHandle, ModuleWeights, WholeModule
 from lorax_async.ids import Allow, parse_adapter_id
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import ModelLayout
@@ -124,6 +124,7 @@ __all__ = [
     "Usage",
     "UsageError",
     "Verification",
+    "WholeModule",
     "layouts",
     "parse_adapter_id",
 ]

@@ -24,6 +24,7 @@ __all__ = [
     "MAX_SLOTS",
     "MAX_THREADS",
     "Allow",
+    "BaseCopyRule",
     "Checking",
     "Eviction",
     "HubCache",
@@ -178,6 +179,9 @@ Eviction = Literal["lru", "lfu", "gdsf"]
 
 HubCache = Literal["read", "off"]
 """The use of the standard hub cache."""
+
+BaseCopyRule = Literal["refuse", "trust"]
+"""What becomes of copies of the base's own weights that cannot be compared with the base."""
 
 Checking = Literal["none", "stream", "before_use", "always"]
 """When the digest of an adapter's weights is checked."""
@@ -350,6 +354,11 @@ class LoaderConfig(StoreConfig):
     check_finite
         Refuse adapters with NaN or infinite weights, one of which can ruin the outputs of a whole
         batch or prefix cache. Reads every copied byte once more, off the loop.
+    base_copies
+        PEFT's default save adds the base's weights of `embed_tokens` and `lm_head` where these are
+        targeted. "refuse" compares such a copy with the attached model or, without one, with the
+        base's files that the layout names, and refuses what differs or cannot be compared. "trust"
+        ignores copies, as vLLM does.
 
     Raises
     ------
@@ -372,6 +381,7 @@ class LoaderConfig(StoreConfig):
     starvation_age: float = 5.0
     min_residency: float = 0.0
     check_finite: bool = True
+    base_copies: BaseCopyRule = "refuse"
 
     def __post_init__(self, peers: object) -> None:
         super().__post_init__(peers)
@@ -380,6 +390,7 @@ class LoaderConfig(StoreConfig):
                 f"device {self.device!r} is not 'cpu', 'cuda', 'cuda:N' or 'simulated'"
             )
         require_bool("check_finite", self.check_finite)
+        require_one_of("base_copies", self.base_copies, get_args(BaseCopyRule))
         if self.spill:
             raise ConfigError(
                 "spill=True was removed: tensors are not written to disk. Raise memory_bytes, or"

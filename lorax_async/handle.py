@@ -6,7 +6,8 @@ import asyncio
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn, Self, SupportsIndex
 
 import torch
@@ -16,10 +17,10 @@ from lorax_async.config import Shard
 from lorax_async.devices.base import Device
 from lorax_async.errors import AdapterTimeoutError, LoraxError, Stage, UsageError
 from lorax_async.events import SlotId
-from lorax_async.formats.peft_names import TensorRole
+from lorax_async.formats.tensor_kinds import TensorRole
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import TableRow
-from lorax_async.runtime.leases import AdapterVectors, Lease
+from lorax_async.runtime.leases import ExtraTensors, Lease
 from lorax_async.types import AdapterKey, Verification
 
 
@@ -51,6 +52,40 @@ class ModuleWeights:
     magnitude: torch.Tensor | None = None
 
 
+class WholeModule(ModuleWeights):
+    """A module that the adapter replaces (modules_to_save): it computes with these parameters.
+
+    `weight` and `bias` are views on the device, as `ModuleWeights.a`; None for one that the adapter
+    leaves as the base has it. Those of linear modules and embeddings have the loader's dtype,
+    others the file's. Of a resized vocabulary, `weight` has another number of rows than the base's.
+    It has no A and B: reading them raises `UsageError`. With `tokens`, `weight` has the rows of
+    these tokens alone (trainable_token_indices), in place of the embedding's, and of a head's that
+    is tied to it.
+    """
+
+    __slots__ = ("tokens", "weight")
+    weight: torch.Tensor | None
+    tokens: tuple[int, ...]
+
+    def __init__(
+        self, weight: torch.Tensor | None, bias: torch.Tensor | None, tokens: tuple[int, ...] = ()
+    ) -> None:
+        object.__setattr__(self, "weight", weight)
+        object.__setattr__(self, "bias", bias)
+        object.__setattr__(self, "tokens", tokens)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in ModuleWeights.__slots__:
+            raise UsageError(
+                f"the adapter replaces this whole module, and has no {name!r} for it: compute with"
+                " its weight and bias, or refuse adapters with handle.extras"
+            )
+        raise AttributeError(name)
+
+    def __repr__(self) -> str:
+        return f"WholeModule({self.weight!r}, {self.bias!r}, {self.tokens!r})"
+
+
 class ModuleViews(Mapping[str, ModuleWeights]):
     """Weights by the layout's module names, for ready layers; each access checks the lease."""
 
@@ -58,35 +93,46 @@ class ModuleViews(Mapping[str, ModuleWeights]):
         self._lease = lease
         self._device = device
         self._layout = layout
-        self._rows: dict[int, TableRow] = {
-            row.module: row for group in lease.occupancy.plan.groups for row in group.rows
+        groups = lease.occupancy.plan.groups
+        self._rows: dict[str, TableRow | int] = {
+            layout.modules[row.module].name: row for group in groups for row in group.rows
         }
+        extras = lease.occupancy.extras
+        for module in sorted(extras.whole | extras.trained) if extras is not None else ():
+            self._rows[layout.at(module).name] = module
 
     def __getitem__(self, name: str) -> ModuleWeights:
         self._lease.check()
-        module = self._layout.index(name)
-        if module not in self._rows:
-            raise KeyError(name)
-        row = self._rows[module]
-        layer = self._layout.modules[module].layer
+        row = self._rows[name]
+        module = row if isinstance(row, int) else row.module
+        layer = self._layout.at(module).layer
         if not self._lease.occupancy.is_ready(layer):
             raise UsageError(f"layer {layer} is not ready yet; await layer_ready({layer})")
+        if isinstance(row, int):
+            rows = self._extra(module, TensorRole.TOKENS)
+            if rows is not None:
+                extras = self._lease.occupancy.extras
+                return WholeModule(rows, None, extras.tokens(module) if extras else ())
+            return WholeModule(self._extra(module, _WEIGHT), self._extra(module, _OWN_BIAS))
         operands = self._device.operands(module, self._lease.occupancy.grant.slot.index)
         assert operands is not None
         a, b, _ = operands
-        weights = ModuleWeights(a[: row.rank], b[:, : row.rank], row.scale, row.rank)
-        vectors = self._lease.occupancy.vectors
-        if vectors is None:
-            return weights
-        bias = vectors.view(self._device, module, TensorRole.BIAS)
-        magnitude = vectors.view(self._device, module, TensorRole.MAGNITUDE)
-        return replace(weights, bias=bias, magnitude=magnitude)
+        bias, magnitude = map(partial(self._extra, module), (TensorRole.BIAS, TensorRole.MAGNITUDE))
+        rank = row.rank
+        return ModuleWeights(a[:rank], b[:, :rank], row.scale, rank, bias, magnitude)
+
+    def _extra(self, module: int, part: TensorRole) -> torch.Tensor | None:
+        extras = self._lease.occupancy.extras
+        return None if extras is None else extras.view(self._device, module, part)
 
     def __iter__(self) -> Iterator[str]:
-        return (self._layout.modules[module].name for module in self._rows)
+        return iter(self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+_WEIGHT, _OWN_BIAS = TensorRole.WEIGHT, TensorRole.OWN_BIAS
 
 
 class AdapterHandle:
@@ -183,10 +229,10 @@ class AdapterHandle:
         return ModuleViews(self._lease, self._device, self._layout)
 
     @property
-    def vectors(self) -> AdapterVectors | None:
-        """The biases or magnitudes; None if A, B and scale, which kernels read, are all."""
+    def extras(self) -> ExtraTensors | None:
+        """What kernels do not read; None if A, B and scale are all."""
         self._lease.check()
-        return self._lease.occupancy.vectors
+        return self._lease.occupancy.extras
 
     def is_ready(self, layer: int) -> bool:
         """Return whether the tensors of `layer` (-1 … L) and all before it are on the device.

@@ -6,7 +6,9 @@ without weights. Call them while the server starts, or in a thread.
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -32,14 +34,14 @@ from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import (
     HEADS,
     WEIGHT_DTYPES,
-    TensorRole,
     layer_index,
     matrix_error,
     parse_tensor_name,
 )
 from lorax_async.formats.safetensors import Header, TensorSpan
 from lorax_async.formats.strict_json import JsonValue, parse_object
-from lorax_async.planning.layout import ModelLayout, Module, Parallelism
+from lorax_async.formats.tensor_kinds import WHOLE, TensorRole
+from lorax_async.planning.layout import ModelLayout, Module, OtherModule, Parallelism
 from lorax_async.planning.model_families import (
     HEAD_COUNTS,
     HEAD_DIMS,
@@ -54,6 +56,7 @@ from lorax_async.planning.model_families import (
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.remote.hub import download_base
 from lorax_async.sources.local import read_header
+from lorax_async.types import AdapterSpec
 
 
 def parts_of(model: Any, name: str, out_features: int) -> Parts:
@@ -177,18 +180,27 @@ def from_pretrained(
         if isinstance(layers, int) and layers > MAX_LAYERS:
             raise ConfigError(f"{str(folder)!r} has {layers:,} layers; {MAX_LAYERS:,} is the limit")
     layout = decoder_layout(config) if _is_causal(config) else None
+    if layout is not None:
+        layout = replace(layout, architecture=_architecture(config) or "")
     own: object = config.get("dtype") or config.get("torch_dtype")
     if layout is None:
         model, own = _build_model(folder)
         layout = from_module(model, "float32")
-    return replace(layout, dtype=_dtype_name(dtype or own), base=str(base))
+    shown = f"{base}@{revision}" if revision and not os.path.isdir(base) else str(base)
+    return replace(layout, dtype=_dtype_name(dtype or own), base=shown)
 
 
 def _is_causal(config: Mapping[str, JsonValue]) -> bool:
     """Return whether a config names a causal class or a bare backbone, or no class."""
+    name = _architecture(config)
+    return name is None or name.endswith(("ForCausalLM", "LMHeadModel", "Model"))
+
+
+def _architecture(config: Mapping[str, JsonValue]) -> str | None:
+    """Return the class of transformers by which a base was saved, as its config names it."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    return not isinstance(name, str) or name.endswith(("ForCausalLM", "LMHeadModel", "Model"))
+    return name if isinstance(name, str) else None
 
 
 def _require_config(folder: Path) -> None:
@@ -326,7 +338,57 @@ def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
         prefix,
         _text_prefixes(model),
         architecture=type(model).__name__,
+        others=_other_modules(model, {module.name for module in modules}, num_layers),
+        renames=_renames(model),
     )
+
+
+def _other_modules(model: nn.Module, known: set[str], num_layers: int) -> tuple[OtherModule, ...]:
+    """Return the modules with a weight or a bias of their own that are not in `known`.
+
+    One without a layer number comes before the layers if it does so in the model, else after them.
+    """
+    others, layer = [], -1
+    for name, module in model.named_modules():
+        index = layer_index(name)
+        layer = max(layer, 0) if index is not None else layer
+        own = dict(module.named_parameters(recurse=False))
+        weight, bias = own.get("weight"), own.get("bias")
+        if name in known or not name or (weight is None and bias is None):
+            continue
+        outside = -1 if layer < 0 else num_layers
+        shapes = [None if it is None else tuple(it.shape) for it in (weight, bias)]
+        layer_of = outside if index is None else index
+        others.append(OtherModule(name, shapes[0], shapes[1], layer_of))
+    return tuple(others)
+
+
+def _renames(model: Any) -> tuple[tuple[str, str], ...]:
+    """Return the prefixes that transformers, and so PEFT, renames in older files of this model.
+
+    Its other patterns are for weights of bases, not for adapters' modules.
+    """
+    transformers: Any = sys.modules.get("transformers")
+    config = getattr(model, "config", None)
+    if transformers is None or not isinstance(config, transformers.PreTrainedConfig):
+        return ()
+    try:
+        mappings: Any = importlib.import_module("transformers.conversion_mapping")
+    except ImportError:
+        return ()
+    if mappings.get_checkpoint_conversion_mapping(config.model_type) is None:
+        return ()
+    entries: list[Any] = mappings.get_model_conversion_mapping(model)
+    found = []
+    for entry in entries:
+        for pattern in entry.source_patterns:
+            (now, *more), plain = entry.target_patterns, _PREFIX_PATTERN.fullmatch(pattern)
+            if plain and not more and entry.scope_prefix is None and "\\" not in now:
+                found.append((plain[1].replace("\\", ""), now))
+    return tuple(found)
+
+
+_PREFIX_PATTERN = re.compile(r"\^((?:[A-Za-z0-9_]|\\?\.)+)")
 
 
 def _text_prefixes(model: Any) -> tuple[tuple[str, str], ...]:
@@ -389,8 +451,9 @@ def from_adapter(dir: str | PathLike[str], *, limits: Limits | None = None) -> M
         header, _ = read_header(folder, limits)
     except LoraxError as error:
         raise error.located(id=str(folder)) from error
+    whole = _whole_shapes(header)
     shapes = _shapes(header)
-    numbers = {path: layer_index(path) for path in shapes}
+    numbers = {path: layer_index(path) for path in (*shapes, *whole)}
     num_layers = 1 + max((n for n in numbers.values() if n is not None), default=0)
     layers: dict[str, int] = {}
     for path, number in numbers.items():
@@ -408,9 +471,15 @@ def from_adapter(dir: str | PathLike[str], *, limits: Limits | None = None) -> M
         )
         for path, (a, b, embedding) in shapes.items()
     ]
+    modules += _token_modules(header, spec)
     dtypes = {span.dtype for a, b, _ in shapes.values() for span in (a, b)}
     uniform = len(dtypes) == 1 and dtypes <= set(WEIGHT_DTYPES)
-    layout = ModelLayout(tuple(modules), num_layers, dtypes.pop() if uniform else "F32")
+    layout = ModelLayout(
+        tuple(modules),
+        num_layers,
+        dtypes.pop() if uniform else "F32",
+        others=tuple(OtherModule(path, *own, layers[path]) for path, own in whole.items()),
+    )
     # Make the checks of a load, and so raise its errors, by planning the transfer.
     plan_transfer(
         header,
@@ -425,13 +494,41 @@ def from_adapter(dir: str | PathLike[str], *, limits: Limits | None = None) -> M
     return layout
 
 
+_Shape: TypeAlias = tuple[int, ...] | None
+
+
+def _whole_shapes(header: Header) -> dict[str, tuple[_Shape, _Shape]]:
+    """Return the shapes of weight and bias of the modules that the adapter replaces."""
+    whole: dict[str, tuple[_Shape, _Shape]] = {}
+    for span in header.tensors:
+        name = parse_tensor_name(span.name)
+        weight, bias = whole.get(name.module, (None, None))
+        if name.part is TensorRole.WEIGHT:
+            whole[name.module] = span.shape, bias
+        elif name.part is TensorRole.OWN_BIAS:
+            whole[name.module] = weight, span.shape
+    return whole
+
+
+def _token_modules(header: Header, spec: AdapterSpec) -> list[Module]:
+    """Return the embeddings of which the adapter has rows, as large as its tokens tell."""
+    size = 1 + max((token for _, tokens in spec.tokens for token in tokens), default=0)
+    named = [(parse_tensor_name(span.name), span) for span in header.tensors]
+    return [
+        Module(name.module, size, span.shape[-1], -1, Parallelism.REPLICATED, embedding=True)
+        for name, span in named
+        if name.part is TensorRole.TOKENS and span.shape
+    ]
+
+
 def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan, bool]]:
     """Return A and B of each module, and whether it is an embedding."""
     parts: dict[str, dict[TensorRole, TensorSpan]] = {}
     vectors: dict[str, TensorSpan] = {}
     embeddings: dict[str, bool] = {}
-    for span in header.tensors:
-        name = parse_tensor_name(span.name)
+    named = [(parse_tensor_name(span.name), span) for span in header.tensors]
+    left = WHOLE | {TensorRole.TOKENS}
+    for name, span in [(name, span) for name, span in named if name.part not in left]:
         if name.part not in _MATRICES:
             vectors.setdefault(name.module, span)
             continue
@@ -455,7 +552,7 @@ def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan, bool]]:
                 " again"
             )
     if not parts:
-        raise AdapterFormatError("the file has no tensors; save the adapter again")
+        raise AdapterFormatError("the file has no tensors of A and B; save the adapter again")
     return {
         path: (ab[TensorRole.A], ab[TensorRole.B], embeddings[path]) for path, ab in parts.items()
     }

@@ -15,6 +15,7 @@ from lorax_async import layouts
 from lorax_async.concurrency import Lifetime, context_call
 from lorax_async.config import LoaderConfig
 from lorax_async.devices.base import Device, PointerTables
+from lorax_async.devices.base_copies import BaseCopies
 from lorax_async.errors import (
     ConfigError,
     InvalidAdapterIdError,
@@ -477,6 +478,12 @@ class AdapterLoader:
     def tables(self) -> PointerTables:
         """The device's tables, which kernels read: a row per module, a column per slot."""
         return self.device
+
+    @property
+    def base_copies(self) -> BaseCopies:
+        """What copies of the base's weights in adapters' files are compared with."""
+        self._lifetime.check_open()
+        return self._assembly.base_copies
 
     def placement(self) -> Placement:
         """Return a view of where adapters are, of their last events, and of the budgets' use.

@@ -359,10 +359,19 @@ class AdapterSpec:
     """`layers_to_transform`: the layers to which names in `targets` are limited; () is all."""
     layer_patterns: tuple[str, ...] = ()
     """`layers_pattern`: what precedes the number of a layer in a path; () is any name."""
+    saved: tuple[str, ...] = ()
+    """`modules_to_save` and what PEFT adds by `task_type`: ends of the paths of whole modules."""
+    tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """`trainable_token_indices`: ends of the paths of embeddings, "" for that of the input, and the
+    trained tokens of each."""
     ensure_weight_tying: bool = False
     """Whether a head tied to the embedding gets the embedding's adapter."""
     base_model: str | None = None
     """`base_model_name_or_path`: a label, if present."""
+    base_class: str | None = field(default=None, compare=False)
+    """The class of the base on which it was trained, by `auto_mapping`, if present: for errors."""
+    task: str | None = field(default=None, compare=False)
+    """`task_type`, if present: PEFT's word for the class."""
     fan_in_fan_out: bool = False
     """Whether the base stores transposed weights; checked against the layout."""
     dora: bool = False

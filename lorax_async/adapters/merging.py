@@ -97,8 +97,9 @@ def merge_folders(
                     raise errors.IntegrityError("it was saved while it was opened; merge it again")
                 header = parse_header(prefix, reader.nbytes, limits)
                 spec = parse_config(configs[-1], limits)
-                for pair in pair_tensors(header, spec, layout, limits):
-                    a, b = (FileTensor(file, span.name) for span in (pair.a, pair.b))
+                in_file = {span.start: span.name for span in header.tensors}
+                for pair in pair_tensors(header, spec, layout, limits).pairs:
+                    a, b = (FileTensor(file, in_file[span.start]) for span in (pair.a, pair.b))
                     part = number, Layer(str(folder), a, b, pair.scale)
                     found.setdefault(pair.module, []).append(part)
         parts = {layout.modules[module].name: found[module] for module in sorted(found)}

@@ -8,7 +8,7 @@ All files of an adapter are of one commit.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from lorax_async.concurrency import in_thread
 from lorax_async.config import Limits
+from lorax_async.devices.base_copies import BaseCopies
 from lorax_async.devices.staging import TORCH_DTYPES, StagingBuffer, is_finite
 from lorax_async.errors import (
     AdapterFormatError,
@@ -43,13 +44,14 @@ from lorax_async.files import (
 from lorax_async.formats.peft_names import (
     INDEX_FILE,
     WEIGHT_DTYPES,
-    TensorRole,
     matrix_error,
     parse_tensor_name,
     split_weights_error,
 )
 from lorax_async.formats.safetensors import TensorSpan, parse_header
+from lorax_async.formats.tensor_kinds import FEATURES, TensorRole
 from lorax_async.ids import HubRepository, LocalFolder, parse_ref
+from lorax_async.planning.transfer_plan import BaseCopy
 from lorax_async.remote.base import require_token
 from lorax_async.remote.hub import FileQuery, machine_token, problem_of
 from lorax_async.sources.local import CONFIG, WEIGHTS, find_trusted_adapter, open_weights
@@ -71,6 +73,18 @@ def require_finite(folder: Path) -> None:
                     f"tensor {shorten(name, 200)!r} has NaN or infinite values; train the adapter"
                     " again, or save it from a checkpoint without them"
                 )
+
+
+def require_base_copies(folder: Path, copies: Sequence[BaseCopy], base: BaseCopies) -> None:
+    """Raise as `BaseCopies.require_equal` unless the file's copies are the base's. Blocks."""
+    if not copies:
+        return
+    weights = open_weights(find_trusted_adapter(folder, LIMITS), LIMITS)
+    try:
+        for copy in copies:
+            base.require_equal(copy, weights.reader)
+    finally:
+        weights.close()
 
 
 @contextmanager
@@ -221,8 +235,7 @@ def plain_module(tensor: str) -> str:
     """Return the module of a plain LoRA tensor, by its name; raise for any other tensor."""
     found = parse_tensor_name(tensor)
     if found.embedding or found.part not in {TensorRole.A, TensorRole.B}:
-        features = {TensorRole.BIAS: "lora_bias", TensorRole.MAGNITUDE: "DoRA"}
-        feature = features.get(found.part, EMBEDDING)
+        feature = EMBEDDING if found.embedding else FEATURES[found.part]
         raise inexpressible(f"tensor {shorten(tensor, 200)!r}", feature)
     return found.module
 

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 from lorax_async import layouts
-from lorax_async.adapters.weights_file import require_finite
+from lorax_async.adapters.weights_file import require_base_copies, require_finite
 from lorax_async.cli.command_line import (
     ABOUTS,
     ID_HELP,
@@ -34,11 +34,12 @@ from lorax_async.cli.command_line import (
     run_on_uvloop,
 )
 from lorax_async.config import Limits, StoreConfig
+from lorax_async.devices.base_copies import BaseCopies
 from lorax_async.devices.cpu import CpuDevice
 from lorax_async.errors import LoraxError, shorten
 from lorax_async.files import locate, require_file, to_adapter_error
 from lorax_async.formats.peft_config import FIELDS, parse_config
-from lorax_async.formats.peft_names import TensorName, TensorRole, layer_index, parse_tensor_name
+from lorax_async.formats.peft_names import TensorName, layer_index, parse_tensor_name
 from lorax_async.formats.safetensors import (
     LENGTH_BYTES,
     Header,
@@ -47,7 +48,9 @@ from lorax_async.formats.safetensors import (
     parse_header,
 )
 from lorax_async.formats.strict_json import JsonValue, parse_object
+from lorax_async.formats.tensor_kinds import TensorRole
 from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.sharding import shard_layout
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.remote.base import AdapterMetadata
 from lorax_async.runtime.assembly import MOVE_BYTES, StoreParts
@@ -104,6 +107,8 @@ class Inspection:
     file_bytes: int | None = None
     device_bytes: int | None = None
     device_dtype: str | None = None
+    base_copies: list[str] = field(default_factory=list)
+    """The modules of which the file has copies of the base's weights."""
     problems: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
@@ -117,7 +122,11 @@ class Inspection:
 
 
 def inspect_adapter(
-    folder: Path, layout: ModelLayout | None = None, base: str | None = None
+    folder: Path,
+    layout: ModelLayout | None = None,
+    base: str | None = None,
+    *,
+    has_weights: bool = True,
 ) -> Inspection:
     """Read the config and header in `folder` and check them as a load would.
 
@@ -135,10 +144,11 @@ def inspect_adapter(
         found.targets = _find_targets(header.tensors, spec, found)
     if spec is not None and header is not None:
         with found.collect():
+            checked = layout or layouts.from_adapter(folder, limits=limits)
             plan = plan_transfer(
                 header,
                 spec,
-                layout or layouts.from_adapter(folder, limits=limits),
+                checked,
                 dtype=None,
                 alignment=CpuDevice.alignment,
                 rank_multiple=CpuDevice.rank_multiple,
@@ -146,7 +156,11 @@ def inspect_adapter(
                 staging_move_bytes=MOVE_BYTES,
             )
             found.device_bytes, found.device_dtype = plan.nbytes, plan.dtype
-            require_finite(folder)
+            found.base_copies = [checked.modules[copy.module].name for copy in plan.copies]
+            if has_weights:
+                require_finite(folder)
+            if has_weights and layout is not None:
+                require_base_copies(folder, plan.copies, BaseCopies(shard_layout(layout, None)))
     return found
 
 
@@ -269,7 +283,7 @@ def _inspect(arguments: argparse.Namespace, terminal: Terminal) -> int:
             with (folder / WEIGHTS).open("wb") as file:
                 file.write(metadata.weights.prefix)
                 file.truncate(metadata.weights.nbytes)  # after the header is a hole
-            found = inspect_adapter(folder, layout, base)
+            found = inspect_adapter(folder, layout, base, has_weights=False)
         found.path = ref.text
         found.file_bytes = metadata.weights.nbytes
     if arguments.json:
@@ -321,6 +335,9 @@ def _show(found: Inspection, terminal: Terminal) -> None:
         facts.append(("file", f"{found.file_bytes:,} bytes"))
     if found.device_bytes is not None:
         facts.append(("on a device", f"{found.device_bytes:,} bytes as {found.device_dtype}"))
+    if found.base_copies:
+        how = "compared with the base" if found.base else "a load compares them with the base"
+        facts.append(("copies of its weights", f"{', '.join(found.base_copies)}; {how}"))
     terminal.pairs(facts)
     if found.targets:
         terminal.table([_target_row(target) for target in found.targets])

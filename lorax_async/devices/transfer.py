@@ -20,6 +20,7 @@ import torch
 
 from lorax_async.concurrency import Inbox
 from lorax_async.devices.base import CopyTicket, Device, StagedPiece
+from lorax_async.devices.base_copies import BaseCopies
 from lorax_async.devices.staging import (
     TORCH_DTYPES,
     StagingBuffer,
@@ -35,11 +36,11 @@ from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.commands import CopyGroups, WipeExtents
 from lorax_async.lifecycle.rules import COPIES_AHEAD
 from lorax_async.planning.transfer_plan import (
+    ExtraSlot,
     GroupPlan,
     ReadMove,
     StagingWindow,
     TransferPlan,
-    VectorSlot,
     windows,
 )
 from lorax_async.telemetry import IMAGE, NO_SPAN, STREAM, Row, Span, Tracer
@@ -49,19 +50,19 @@ _logger = logging.getLogger("lorax_async")
 
 
 def _written_ranges(
-    part: GroupPlan | StagingWindow, kind: torch.dtype, vectors: Sequence[VectorSlot], start: int
+    part: GroupPlan | StagingWindow, kind: torch.dtype, extras: Sequence[ExtraSlot], start: int
 ) -> list[tuple[int, int, torch.dtype]]:
-    """Return [first, last) of what is written, and its dtype, which for vectors is the file's.
+    """Return [first, last) of what is written, and its dtype, which for some extras is the file's.
 
     `part` begins at `start` of the extent.
     """
-    if not (vectors or part.converts):
+    if not (extras or part.converts):
         return [(move.target, move.target + move.nbytes, kind) for move in part.reads]
     written = [
         (move.target, move.target + move.rows * move.row_pitch * kind.itemsize, kind)
         for move in part.converts
     ]
-    own = sorted((v.offset - start, v.nbytes, TORCH_DTYPES[v.dtype]) for v in vectors)
+    own = sorted((v.offset - start, v.nbytes, TORCH_DTYPES[v.dtype]) for v in extras)
     for copied in part.reads:
         first, last = copied.target, copied.target + copied.nbytes
         for begin, nbytes, dtype in own:
@@ -78,7 +79,7 @@ def _written_ranges(
 def _module_at(offset: int, group: GroupPlan) -> int:
     """Return the module of the last tensor that begins at or before `offset` in the extent."""
     starts = [(start, row.module) for row in group.rows for start in (row.a, row.b)]
-    starts += [(vector.offset, vector.module) for vector in group.vectors]
+    starts += [(extra.offset, extra.module) for extra in group.extras]
     return max(start for start in starts if start[0] <= offset)[1]
 
 
@@ -88,7 +89,7 @@ class GroupCopy(NamedTuple):
     `image` is for devices that do not read files: uint8 `[group.nbytes]` of `staging_memory` that
     keeps the group in the device's format. The copy fills it; if `warm`, it is filled already and
     the file is not read. It must not be written to or freed before the copy is `done`. Weights that
-    are `known_finite` are not looked at again.
+    were checked before (`was_checked`) are not looked at again.
     """
 
     reader: Reader
@@ -98,7 +99,7 @@ class GroupCopy(NamedTuple):
     slot: int
     image: torch.Tensor | None = None
     warm: bool = False
-    known_finite: bool = False
+    was_checked: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -149,8 +150,9 @@ class SubmittedCopies:
 class GroupTransfer:
     """Copy layer groups to a device: cast and pad through the ring, check, send.
 
-    `module_names` are the layout's, for errors; `check_finite` refuses NaN and infinity. The ring
-    is in the device's `staging_memory`, with at least two buffers unless the device reads files.
+    `module_names` are the layout's, for errors; `check_finite` refuses NaN and infinity; `base` is
+    what copies of its weights are compared with. The ring is in the device's `staging_memory`, with
+    at least two buffers unless the device reads files.
     """
 
     device: Device
@@ -158,6 +160,7 @@ class GroupTransfer:
     module_names: Sequence[str]
     check_finite: bool
     tracer: Tracer = field(default_factory=Tracer)
+    base: BaseCopies | None = None
 
     def run(self, copies: Sequence[GroupCopy]) -> SubmittedCopies:
         """Copy groups of one adapter in order. Return when all their parts have been submitted.
@@ -215,10 +218,12 @@ class GroupTransfer:
     def _finish_in_place(self, copy: GroupCopy, pending: SubmittedCopies) -> None:
         """Cast, pad and check in the arena, which has the group's other bytes; write the rows."""
         group = copy.group
+        if group.copies:
+            self._compare(copy)
         if group.converts or group.zeros:
             scratch = self.staging.take(1) if group.converts else []
             self._convert(copy, group, self.device.host_view(copy.extent), scratch, pending)
-        if self.check_finite and not copy.known_finite:
+        if self.check_finite and not copy.was_checked:
             content = self.device.host_view(copy.extent)
             self._require_finite(content, group, 0, copy)
         ticket = self.device.copy(None, group.rows, copy.extent, copy.slot)
@@ -231,6 +236,8 @@ class GroupTransfer:
         A buffer is free again when its copy is done.
         """
         group, image, staging = copy.group, copy.image, self.staging
+        if group.copies:
+            self._compare(copy)
         if image is not None:
             if not copy.warm:
                 scratch = staging.take(1) if group.converts else []
@@ -279,7 +286,7 @@ class GroupTransfer:
         with self._span(copy, "staging", lane, "fill"):
             self._convert(copy, window, buffer.tensor, scratch, pending)
             read(copy.reader, window.reads, buffer.memory)
-        if self.check_finite and not copy.known_finite:
+        if self.check_finite and not copy.was_checked:
             self._require_finite(buffer.tensor, window, window.start, copy)
 
     def _convert(
@@ -302,6 +309,12 @@ class GroupTransfer:
         zero(part.zeros, target)
         pending.staging_seconds += perf_counter() - started
 
+    def _compare(self, copy: GroupCopy) -> None:
+        """Compare copies of the base's weights in the group with the base."""
+        for base_copy in copy.group.copies if not copy.was_checked else ():
+            assert self.base is not None, "plans of this device have no copies"
+            self.base.require_equal(base_copy, copy.reader)
+
     def _require_finite(
         self, content: torch.Tensor, part: GroupPlan | StagingWindow, start: int, copy: GroupCopy
     ) -> None:
@@ -311,7 +324,7 @@ class GroupTransfer:
         writes are not checked.
         """
         group, dtype = copy.group, TORCH_DTYPES[copy.dtype]
-        for first, last, kind in _written_ranges(part, dtype, group.vectors, start):
+        for first, last, kind in _written_ranges(part, dtype, group.extras, start):
             values = content[first:last].view(kind)
             if not is_finite(values):
                 bad = first + int(values.isfinite().logical_not().nonzero()[0]) * kind.itemsize
@@ -331,8 +344,8 @@ class SlotCopies:
 
     plan: TransferPlan
     grant: SlotGrant
-    known_finite: bool = False
-    """Whether a copy of the same version was checked for NaN and infinity."""
+    was_checked: bool = False
+    """Whether a copy of the same version was checked."""
     streamed: bool = False
     """Whether a caller may wait for single layers."""
     copying: int = 0
@@ -357,8 +370,8 @@ class CopyRun:
 
     def group_copies(self) -> list[GroupCopy]:
         plan, grant = self.slot.plan, self.command.grant
-        known_finite = self.slot.known_finite
-        rest = (grant.slot.index, self.image, self.command.warm, known_finite)
+        was_checked = self.slot.was_checked
+        rest = (grant.slot.index, self.image, self.command.warm, was_checked)
         return [
             GroupCopy(self.reader, plan.groups[group], plan.dtype, grant.extents[group], *rest)
             for group in self.command.groups

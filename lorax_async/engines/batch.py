@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
+from math import inf
 from threading import Lock
-from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar, cast
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -17,14 +19,15 @@ from torch import nn
 from torch.nn.functional import embedding, linear
 
 from lorax_async.devices.base import Device
+from lorax_async.devices.base_copies import BaseCopies, plain_weight
 from lorax_async.engines.layer_gate import LayerGate, PassSpans
 from lorax_async.errors import LoraxError, UsageError
-from lorax_async.formats.peft_names import TensorRole
+from lorax_async.formats.tensor_kinds import TensorRole
 from lorax_async.handle import AdapterHandle
 from lorax_async.lru import remember
 from lorax_async.planning.batch_plan import BASE_ONLY, plan_rows
-from lorax_async.planning.layout import Module
-from lorax_async.runtime.leases import AdapterVectors
+from lorax_async.planning.layout import Module, OtherModule
+from lorax_async.runtime.leases import ExtraTensors
 from lorax_async.telemetry import Tracer
 from lorax_kernels import Operands, Plan, Tables, Thresholds, apply
 
@@ -70,7 +73,7 @@ class AdaptedModule:
     """
 
     base: nn.Module
-    module: Module
+    module: Module | OtherModule
     index: int
     group: tuple[int, ...] = ()
 
@@ -83,21 +86,21 @@ class DoraFactors:
     """
 
     def __init__(self) -> None:
-        self._factors: WeakKeyDictionary[AdapterVectors, dict[int, torch.Tensor]] = (
+        self._factors: WeakKeyDictionary[ExtraTensors, dict[int, torch.Tensor]] = (
             WeakKeyDictionary()
         )
         self._lock = Lock()
 
     def of(
         self,
-        vectors: AdapterVectors,
+        extras: ExtraTensors,
         magnitude: torch.Tensor,
         operands: Operands,
         adapted: AdaptedModule,
     ) -> torch.Tensor:
         """Return the adapter's factors for a module."""
         with self._lock:
-            factors = self._factors.setdefault(vectors, {})
+            factors = self._factors.setdefault(extras, {})
             factor = factors.get(adapted.index)
             if factor is None:
                 factor = _factor(magnitude, operands, adapted)
@@ -163,18 +166,71 @@ def _factor(magnitude: torch.Tensor, operands: Operands, adapted: AdaptedModule)
 
 def _weight_rows(adapted: AdaptedModule) -> torch.Tensor:
     """Return the base's weight as `[out, in]`. Raises `UsageError` for a packed one."""
-    module, weight = adapted.module, adapted.base.weight
-    assert isinstance(weight, torch.Tensor)  # checked by `attach`
-    rows = weight.T if module.transposed or module.embedding else weight
-    # Any other type is packed, whatever dtype and shape it reports.
-    plain = type(weight) in {torch.Tensor, nn.Parameter} and weight.is_floating_point()
-    if plain and not weight.is_meta and rows.shape == (module.out_features, module.in_features):
-        return rows
+    module, weight = adapted.module, plain_weight(adapted.base)
+    assert isinstance(module, Module)
+    if weight is not None and weight.shape == module.weight_shape:
+        return weight.T if module.transposed or module.embedding else weight
+    weight = cast(torch.Tensor, adapted.base.weight)  # checked by `attach`
     raise UsageError(
         f"DoRA needs the base's weight, and that of module {module.name!r} is a"
         f" {type(weight).__name__} of {weight.dtype} on {weight.device}; load the model with plain"
         " weights, or merge the adapter into its base"
     )
+
+
+class ReplacedModules:
+    """The base's modules with the parameters of an adapter, made at their first use.
+
+    Kept until the adapter leaves its slot. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._modules: WeakKeyDictionary[ExtraTensors, dict[int, nn.Module]] = WeakKeyDictionary()
+        self._lock = Lock()
+
+    def of(self, extras: ExtraTensors, device: Device, adapted: AdaptedModule) -> nn.Module:
+        """Return the module with the adapter's weight and bias. Raises `UsageError` as `_own`."""
+        with self._lock:
+            modules = self._modules.setdefault(extras, {})
+            found = modules.get(adapted.index)
+            if found is None:
+                found = modules[adapted.index] = _replaced(extras, device, adapted)
+        return found
+
+    def forget(self) -> None:
+        with self._lock:
+            self._modules.clear()
+
+
+def _replaced(extras: ExtraTensors, device: Device, adapted: AdaptedModule) -> nn.Module:
+    """Return a copy of a module that shares everything but its parameters."""
+    base = adapted.base
+    parameters = dict(base.named_parameters(recurse=False))
+    for key, part in (("weight", TensorRole.WEIGHT), ("bias", TensorRole.OWN_BIAS)):
+        own, given = parameters.get(key), extras.view(device, adapted.index, part)
+        if given is None:
+            continue
+        if own is None or type(own) is not nn.Parameter or not own.is_floating_point():
+            kind = "none" if own is None else f"a {type(own).__name__} of {own.dtype}"
+            raise UsageError(
+                f"the adapter replaces the {key} of module {adapted.module.name!r}, and the model's"
+                f" is {kind}; load the model with plain weights"
+            )
+        if given.dtype != own.dtype and isinstance(adapted.module, Module):
+            raise UsageError(
+                f"module {adapted.module.name!r} has {own.dtype} weights, and the loader stores"
+                f" whole modules in {given.dtype}; make it with another LoaderConfig.dtype"
+            )
+        if given.dtype != own.dtype:  # those of other modules have the file's
+            given = given.to(own.dtype)
+            if given.device.type != "cpu":  # the next use may be on another stream
+                torch.accelerator.current_stream(given.device).synchronize()
+        parameters[key] = cast(nn.Parameter, given)
+    made = object.__new__(type(base))
+    vars(made).update(vars(base))
+    vars(made)["_parameters"] = {**vars(base)["_parameters"], **parameters}
+    vars(made).pop("forward", None)  # that of `attach`
+    return made
 
 
 Rows = Sequence[AdapterHandle | None] | None
@@ -193,7 +249,10 @@ class LoaderLocation:
     """A loader's device and event loop, with what an attached model keeps for its adapters.
 
     `tables` are the device's; `factors` belong to the model's weights; `plans` to the latest
-    batches.
+    batches. `copies` compare with the model while it is attached; `replaced` are its modules with
+    adapters' parameters. `caps_logits` is whether the model changes the head's outputs, so that
+    -inf would not stay what it is. `tied` has the embedding's index of each head that shares its
+    weight.
     """
 
     device: Device
@@ -201,7 +260,16 @@ class LoaderLocation:
     loop: asyncio.AbstractEventLoop
     factors: DoraFactors
     plans: PlanCache[BatchPlans]
+    copies: BaseCopies
+    caps_logits: bool = False
+    tied: Mapping[int, int] = field(default_factory=dict)
     tracer: Tracer = field(default_factory=Tracer)
+    replaced: ReplacedModules = field(default_factory=ReplacedModules)
+
+    def with_tied(self, modules: frozenset[int]) -> frozenset[int]:
+        """Return the modules with the heads that are tied to one of them."""
+        heads = (head for head, module in self.tied.items() if module in modules)
+        return modules.union(heads) if modules else modules
 
 
 class ModelBatch:
@@ -227,7 +295,9 @@ class ModelBatch:
         self._rows = None if rows is None else len(rows)
         self._slots = [BASE_ONLY if row is None else row.slot.index for row in rows or ()]
         self._handles = tuple(dict.fromkeys(row for row in rows or () if row is not None))
-        self._vectors: dict[int, AdapterVectors] = {}  # by slot
+        self._extras: dict[int, ExtraTensors] = {}  # by slot
+        self.replaced: frozenset[int] = frozenset()
+        """The modules that an adapter of the batch replaces, as indices into the layout."""
         self._row_slots = tuple(None if row is None else row.slot for row in rows or ())
         self._flat: tuple[ReferenceType[torch.Tensor], torch.Tensor] | None = None
         self._uses = ExitStack()
@@ -244,8 +314,9 @@ class ModelBatch:
             for handle in self._handles:
                 try:
                     uses.enter_context(handle.use())
-                    if (vectors := handle.vectors) is not None:
-                        self._vectors[handle.slot.index] = vectors
+                    if (extras := handle.extras) is not None:
+                        self._extras[handle.slot.index] = extras
+                        self.replaced |= extras.whole | self._place.with_tied(extras.trained)
                 except UsageError:
                     raise
                 except LoraxError as error:
@@ -287,13 +358,86 @@ class ModelBatch:
                 self.gate.spans.end()
             self._uses.close()
 
-    def check(self, x: torch.Tensor, module: Module) -> None:
+    def check(self, x: torch.Tensor, module: Module | OtherModule) -> None:
         """Raise UsageError if `x` `[rows, tokens, in]` has another number of rows."""
         if self._rows is not None and x.dim() == 3 and x.shape[0] != self._rows:
             raise UsageError(
                 f"module {module.name!r} got {x.shape[0]} rows in a batch of {self._rows}; give "
                 "one adapter or None per row (beams and return sequences multiply the rows)"
             )
+
+    def replace(
+        self,
+        base: Callable[..., torch.Tensor],
+        inputs: tuple[torch.Tensor, ...],
+        adapted: AdaptedModule,
+    ) -> torch.Tensor:
+        """Return the output of a module that adapters of the batch replace, row by row.
+
+        `base` is the base's forward. Rows of another number of features, of a resized vocabulary,
+        are as wide as the widest: what a row has no logits for is -inf.
+        """
+        self.gate.enter(adapted.module.layer)
+        out, index = self.gate.slots_out, adapted.index
+        whole = self._rows_of(lambda extras: index in extras.whole)
+        place = self._place
+        modules = {
+            slot: place.replaced.of(self._extras[slot], place.device, adapted)
+            for slot in whole
+            if slot not in out
+        }
+        alone = len(set(self._slots)) == 1
+        if alone and modules:
+            (module,) = modules.values()
+            return _guarded(_compute(module, inputs))
+        if not alone and any(x.dim() < 2 or x.shape[0] != self._rows for x in inputs):
+            raise _mixed_error(adapted.module, inputs, self._rows)
+        known = inputs
+        if adapted.module.embedding and whole:
+            # The base may not know the ids of these rows.
+            known = (inputs[0].index_fill(0, _rows_like(chain(*whole.values()), inputs[0]), 0),)
+        y = base(*known)
+        if isinstance(adapted.module, Module):
+            y = self.adapt(y, known[0], adapted)
+            self._write_tokens(y, known[0], adapted)
+        for slot, module in modules.items():
+            rows = _rows_like(whole[slot], y)
+            own = _compute(module, tuple(x[rows] for x in inputs))
+            if own.shape[-1] != y.shape[-1] and place.caps_logits:
+                raise UsageError(
+                    f"module {adapted.module.name!r}: the model caps its logits, so that rows with"
+                    " vocabularies of different sizes cannot share a batch; give each a batch"
+                )
+            y = _with_rows(y, rows, own)
+        return y
+
+    def _rows_of(self, has: Callable[[ExtraTensors], bool]) -> dict[int, list[int]]:
+        """Return the rows of each slot whose extras fulfil `has`."""
+        rows: dict[int, list[int]] = {}
+        slots = {slot for slot, extras in self._extras.items() if has(extras)}
+        for row, slot in enumerate(self._slots):
+            if slot in slots:
+                rows.setdefault(slot, []).append(row)
+        return rows
+
+    def _write_tokens(self, y: torch.Tensor, x: torch.Tensor, adapted: AdaptedModule) -> None:
+        """Write trained tokens over `y`: their rows in an embedding, their logits in a head."""
+        place, index = self._place, adapted.index
+        target, alone = y.detach(), len(set(self._slots)) == 1
+        for slot, rows in self._rows_of(lambda extras: bool(extras.trained)).items():
+            extras = self._extras[slot]
+            source = index if index in extras.trained else place.tied.get(index, index)
+            weight = extras.view(place.device, source, TensorRole.TOKENS)
+            if weight is None or slot in self.gate.slots_out:
+                continue
+            tokens = _rows_like(extras.tokens(source), y)
+            at: Any = slice(None) if alone else _rows_like(rows, y)
+            if adapted.module.embedding:
+                target[at] = _looked_up(target[at], x[at], tokens, weight, adapted.base)
+            else:
+                own = target[at]
+                own[..., tokens] = linear(x[at], weight)
+                target[at] = own
 
     def adapt(self, y: torch.Tensor, x: torch.Tensor, adapted: AdaptedModule) -> torch.Tensor:
         """Add each row's adapter to the layer's output `y` `[rows, tokens, out]` and return it.
@@ -328,10 +472,7 @@ class ModelBatch:
                 f"module {module.name!r}: {error}; give the loader the dtype and layout that the"
                 " module computes with (autocast changes the dtype)"
             ) from error
-        if y.requires_grad:
-            on_gradient: Any = y.register_hook  # untyped in torch
-            on_gradient(_refuse_gradient)
-        return y
+        return _guarded(y) if y.requires_grad else y
 
     @torch.no_grad()
     def _add_others(
@@ -351,11 +492,11 @@ class ModelBatch:
             if y.dtype != operands[0].dtype:
                 raise ValueError(f"expected y in {operands[0].dtype}, got {y.dtype}")
             bias = factor = None
-            if (vectors := self._vectors.get(slot)) is not None:
-                bias = vectors.view(place.device, index, TensorRole.BIAS)
-                magnitude = vectors.view(place.device, index, TensorRole.MAGNITUDE)
+            if (extras := self._extras.get(slot)) is not None:
+                bias = extras.view(place.device, index, TensorRole.BIAS)
+                magnitude = extras.view(place.device, index, TensorRole.MAGNITUDE)
                 if magnitude is not None:
-                    factor = place.factors.of(vectors, magnitude, operands, adapted)
+                    factor = place.factors.of(extras, magnitude, operands, adapted)
             rows = y[start:stop], x[start:stop]
             if adapted.module.embedding:
                 _add_embedded(*rows, operands, factor, adapted.base)
@@ -389,17 +530,70 @@ class ModelBatch:
     def _new_plan(self, tokens: int, out: frozenset[int]) -> BatchPlans:
         segments = plan_rows(self._slots, [tokens] * len(self._slots))
         bounds, slots = segments.bounds, segments.slots
-        left_out = out.union(self._vectors)
+        beside = {slot for slot, extras in self._extras.items() if extras.modules}
+        left_out = out.union(beside)
         kernel = Plan.from_segments(
             bounds,
             [BASE_ONLY if slot in left_out else slot for slot in slots],
             device=self._place.tables.rank.device,
             thresholds=self._thresholds,
-            max_rank=max(handle.rank for handle in self._handles),
+            max_rank=max(1, *(handle.rank for handle in self._handles)),
         )
         by_slot = zip(bounds, bounds[1:], slots, strict=False)
-        vectors = self._vectors.keys() - out
-        return BatchPlans(kernel, tuple(segment for segment in by_slot if segment[2] in vectors))
+        beside -= out
+        return BatchPlans(kernel, tuple(segment for segment in by_slot if segment[2] in beside))
+
+
+def _compute(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return what the module's class computes, without hooks, which are the base's."""
+    forward: Callable[..., torch.Tensor] = type(module).forward
+    return forward(module, *inputs)
+
+
+def _looked_up(
+    y: torch.Tensor, ids: torch.Tensor, tokens: torch.Tensor, weight: torch.Tensor, base: nn.Module
+) -> torch.Tensor:
+    """Return an embedding's output with other rows for some tokens. Every input may have them."""
+    ordered, order = tokens.sort()
+    found = torch.searchsorted(ordered, ids).clamp_(max=len(ordered) - 1)
+    own = weight[order[found]]
+    scale = getattr(base, "embed_scale", None)
+    if scale is not None:
+        own = own * torch.as_tensor(scale, dtype=own.dtype, device=own.device)
+    return torch.where((ordered[found] == ids).unsqueeze(-1), own, y)
+
+
+def _rows_like(rows: Iterable[int], tensor: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(list(rows), device=tensor.device)
+
+
+def _with_rows(y: torch.Tensor, rows: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Return `y` with other rows, and with -inf for features that a row does not have."""
+    width = own.shape[-1]
+    if width > y.shape[-1]:
+        y = nn.functional.pad(y, (0, width - y.shape[-1]), value=-inf)
+    elif width < y.shape[-1]:
+        own = nn.functional.pad(own, (0, y.shape[-1] - width), value=-inf)
+    return y.index_copy(0, rows, own)
+
+
+def _mixed_error(
+    module: Module | OtherModule, inputs: tuple[torch.Tensor, ...], rows: int | None
+) -> UsageError:
+    shapes = ", ".join(str(list(x.shape)) for x in inputs)
+    return UsageError(
+        f"module {module.name!r} got an input of shape {shapes}, in which the rows of a batch of"
+        f" {rows} cannot be told apart, and an adapter replaces this module; give the whole batch"
+        " this adapter"
+    )
+
+
+def _guarded(y: torch.Tensor) -> torch.Tensor:
+    """Return `y`, which raises `UsageError` if a gradient flows through it."""
+    if y.requires_grad:
+        on_gradient: Any = y.register_hook  # untyped in torch
+        on_gradient(_refuse_gradient)
+    return y
 
 
 def _refuse_gradient(_: torch.Tensor) -> NoReturn:

@@ -9,11 +9,12 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from http import HTTPStatus
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lorax_async import layouts
-from lorax_async.adapters.weights_file import require_finite
-from lorax_async.config import GiB, Limits, MiB, StoreConfig, parse_size
+from lorax_async.adapters.weights_file import require_base_copies, require_finite
+from lorax_async.config import BaseCopyRule, GiB, Limits, MiB, StoreConfig, parse_size
+from lorax_async.devices.base_copies import BaseCopies
 from lorax_async.errors import (
     AccessDeniedError,
     ConfigError,
@@ -26,6 +27,8 @@ from lorax_async.errors import (
     shorten,
 )
 from lorax_async.formats.peft_config import parse_config
+from lorax_async.formats.peft_names import parse_tensor_name
+from lorax_async.formats.tensor_kinds import FEATURES, KINDS, TensorRole
 from lorax_async.ids import (
     Allow,
     HubRepository,
@@ -40,10 +43,12 @@ from lorax_async.lru import remember
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.model_families import decoder_layout
 from lorax_async.planning.pairing import pair_tensors
+from lorax_async.planning.sharding import shard_layout
+from lorax_async.planning.transfer_plan import BaseCopy
 from lorax_async.remote.hub import HUB_REMEDY
 from lorax_async.sources.local import CONFIG, OUTSIDE, read_header
 from lorax_async.telemetry import kind_of
-from lorax_async.types import AdapterRef
+from lorax_async.types import AdapterRef, require_one_of
 
 PREFIX = "LORAX_ASYNC_"
 
@@ -72,6 +77,8 @@ class PluginSettings:
     """While a source cannot be reached, use the version that it last named."""
     check_finite: bool = True
     """Refuse weights that are NaN or infinite: one such adapter ruins an engine's prefix cache."""
+    base_copies: BaseCopyRule = "refuse"
+    """Compare copies of the base's weights with its files, or "trust" them, as engines do."""
     token: str | None = field(default=None, repr=False)
     """The bearer token for http(s) sources; the hub has `HF_TOKEN`."""
 
@@ -246,6 +253,11 @@ def _parse_switch(name: str, text: str) -> bool:
     return text == "1"
 
 
+def _parse_base_copies(name: str, text: str) -> str:
+    require_one_of(f"{PREFIX}{name}", text, get_args(BaseCopyRule))
+    return text
+
+
 _PARSERS: Mapping[str, Callable[[str, str], Any]] = {
     "CACHE_DIR": _parse_folder,
     "CACHE_BYTES": _parse_size,
@@ -255,6 +267,7 @@ _PARSERS: Mapping[str, Callable[[str, str], Any]] = {
     "REVALIDATE": _parse_seconds,
     "ALLOW_STALE": _parse_switch,
     "CHECK_FINITE": _parse_switch,
+    "BASE_COPIES": _parse_base_copies,
 }
 """How the values of settings are read, apart from those that name adapters or are secret."""
 
@@ -283,8 +296,11 @@ class BaseRequirements:
     max_rank: int | None
     _: KW_ONLY
     check_finite: bool = True
-    vectors: bool = True
-    """Accept DoRA and biases of B; False for an engine that would not apply them."""
+    engine: str = ""
+    """The engine's name in `tensor_kinds`; "" accepts kinds of tensors that none applies."""
+    base: str = ""
+    """The base's folder, or its id in the hub cache, where the layout does not name it."""
+    base_copies: BaseCopyRule = "refuse"
 
     def check(self, folder: Path) -> int:
         """Return the bytes of an adapter's weights. Blocks, while it reads them.
@@ -293,6 +309,9 @@ class BaseRequirements:
         """
         limits = Limits()
         header, nbytes = read_header(folder, limits)
+        if self.engine:
+            for span in header.tensors:
+                self._require_applied(span.name)
         spec = parse_config((folder / CONFIG).read_bytes(), limits)
         ranks = [spec.rank, *(int(pattern.value) for pattern in spec.rank_patterns)]
         if self.max_rank is not None and max(ranks) > self.max_rank:
@@ -300,15 +319,28 @@ class BaseRequirements:
                 f"its rank is {max(ranks)}, and this server takes up to {self.max_rank}"
                 " (--max-lora-rank)"
             )
-        if not self.vectors and (spec.dora or spec.lora_bias):
-            raise UnsupportedAdapterError("the engine applies neither DoRA nor a bias of B")
-        if self.layout is not None:
-            pair_tensors(header, spec, self.layout, limits)
-        else:
-            layouts.from_adapter(folder, limits=limits)  # they are pairs of its rank
+        layout = self.layout or layouts.from_adapter(folder, limits=limits)
+        _, others = pair_tensors(header, spec, layout, limits)
+        if self.base_copies != "trust":
+            base = BaseCopies(shard_layout(replace(layout, base=layout.base or self.base), None))
+            copies = [BaseCopy.of(it) for it in others if it.part is TensorRole.BASE_COPY]
+            require_base_copies(folder, copies, base)
         if self.check_finite:
             require_finite(folder)
         return nbytes
+
+    def _require_applied(self, tensor: str) -> None:
+        """Raise `UnsupportedAdapterError` for a tensor of a kind that the engine would drop."""
+        name = parse_tensor_name(tensor)
+        kinds = (
+            kind for kind in KINDS if (kind.role, kind.embedding) == (name.part, name.embedding)
+        )
+        if all(self.engine not in kind.engines for kind in kinds):
+            raise UnsupportedAdapterError(
+                f"tensor {shorten(tensor, 200)!r} belongs to {FEATURES[name.part]}, which"
+                f" {self.engine} does not apply; serve it with lorax_async's own server, or train"
+                " without it"
+            )
 
 
 def explain(error: LoraxError, ref: AdapterRef) -> LoraxError:

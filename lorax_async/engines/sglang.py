@@ -399,7 +399,7 @@ class RequestedAdapters:
         async with self._opening:
             if self._store is None:
                 self._check = await asyncio.to_thread(
-                    _make_check, self._manager.model_config, self._settings.check_finite
+                    _make_check, self._manager.model_config, self._settings
                 )
                 store = AdapterStore(StoreConfig(**self._settings.store_settings()))
                 self._store = await store.__aenter__()
@@ -425,12 +425,19 @@ def _refuse(error: LoraxError, name: str) -> Exception:
     return ValueError(text)
 
 
-def _make_check(model_config: Any, check_finite: bool) -> Callable[[Path], None]:
+def _make_check(model_config: Any, settings: PluginSettings) -> Callable[[Path], None]:
     """Return what raises the `AdapterError` that says why an adapter does not fit. Both block."""
     from sglang.srt.runtime_context import get_lora  # noqa: PLC0415
 
     layout = layout_for(model_config.hf_config.to_dict(), _logger)
-    base = BaseRequirements(layout, get_lora().max_lora_rank, check_finite=check_finite)
+    base = BaseRequirements(
+        layout,
+        get_lora().max_lora_rank,
+        check_finite=settings.check_finite,
+        engine="SGLang",
+        base=model_config.model_path,
+        base_copies=settings.base_copies,
+    )
     gated = layout is not None and any(".gate_proj" in module.name for module in layout.modules)
     served = _served_names()
 
@@ -467,8 +474,6 @@ def _read_modules(folder: Path) -> tuple[AdapterSpec, set[str]]:
     spec = parse_config((folder / CONFIG).read_bytes(), limits)
     if spec.rank_patterns or spec.alpha_patterns:
         raise UnsupportedAdapterError(ONE_SCALE)
-    if spec.lora_bias or spec.dora:
-        raise UnsupportedAdapterError("SGLang applies neither DoRA nor a bias of B")
     header, _ = read_header(folder, limits)
     return spec, {parse_tensor_name(tensor.name).module for tensor in header.tensors}
 

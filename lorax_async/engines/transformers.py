@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
@@ -42,7 +42,7 @@ from lorax_async.errors import ConfigError, UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.layouts import is_conv1d, is_lookup
 from lorax_async.loader import AdapterLoader
-from lorax_async.planning.layout import ModelLayout, Module, Parallelism
+from lorax_async.planning.layout import ModelLayout, Module, OtherModule, Parallelism
 
 _SAME_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
@@ -160,20 +160,51 @@ def attach(model: nn.Module, loader: AdapterLoader) -> AttachedModel:
         raise UsageError(f"attach takes an nn.Module and its AdapterLoader, not {kinds}")
     device, tables = loader.device, loader.tables
     loop = asyncio.get_running_loop()
-    place = LoaderLocation(device, tables, loop, DoraFactors(), PlanCache(), loader.tracer)
+    copies = loader.base_copies
     bases = modules_of(model, loader.held_layout, loader.config.shard)
+    place = LoaderLocation(
+        device,
+        tables,
+        loop,
+        DoraFactors(),
+        PlanCache(),
+        copies,
+        caps_logits=_caps_logits(model),
+        tied=_tied_heads(bases, loader.held_layout.modules),
+        tracer=loader.tracer,
+    )
     require_fit(bases, str(loader.config.dtype), place.tables.rank.device)
     if any(isinstance(vars(base).get("forward"), AdaptedForward) for base in bases):
         raise UsageError("the model has adapters attached already; detach them first")
-    return AttachedModel(bases, loader.held_layout.modules, place)
+    copies.use_model(bases)
+    return AttachedModel(model, bases, loader.held_layout, place)
+
+
+def _tied_heads(bases: list[nn.Module], modules: Sequence[Module]) -> dict[int, int]:
+    """Return the index of the embedding whose weight a linear module shares, by the latter's."""
+    weights: list[Any] = [getattr(base, "weight", None) for base in bases]
+    embeddings = {id(weights[n]): n for n, module in enumerate(modules) if module.embedding}
+    return {
+        n: embeddings[id(weight)]
+        for n, weight in enumerate(weights)
+        if not modules[n].embedding and id(weight) in embeddings
+    }
+
+
+def _caps_logits(model: nn.Module) -> bool:
+    """Return whether the model caps its logits, as Gemma 2 does."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return bool(getattr(text, "final_logit_softcapping", None))
 
 
 class AttachedModel:
     """A model with adapters; `detach` it, or use it as a context manager."""
 
     def __init__(
-        self, bases: list[nn.Module], modules: tuple[Module, ...], place: LoaderLocation
+        self, model: nn.Module, bases: list[nn.Module], layout: ModelLayout, place: LoaderLocation
     ) -> None:
+        self._model, self._layout, modules = model, layout, layout.modules
         self._place = place
         self._current: ContextVar[ModelBatch | None] = ContextVar("lorax batch", default=None)
         self._lock = Lock()
@@ -185,6 +216,8 @@ class AttachedModel:
         ]
         for replaced in self._replaced:
             replaced.install()
+        self._others: dict[int, AdaptedForward] = {}
+        """By index, of the modules that an adapter of a batch has replaced."""
 
     @contextmanager
     def batch(
@@ -222,6 +255,8 @@ class AttachedModel:
             self._open.add(batch)
         try:
             batch.begin()
+            if batch.replaced:
+                self._install_others(batch)
             token = self._current.set(batch)
             try:
                 yield batch.gate
@@ -252,13 +287,17 @@ class AttachedModel:
         with self._lock:
             if self._open:
                 raise UsageError(f"batches open on this model: {len(self._open)}; leave them first")
-            for replaced in self._replaced:
+            installed = [*self._replaced, *self._others.values()]
+            for replaced in installed:
                 replaced.check()
-            for replaced in self._replaced:
+            for replaced in installed:
                 replaced.restore()
             self._replaced = []
+            self._others.clear()
             self._place.factors.forget()
+            self._place.replaced.forget()
             self._place.plans.forget()
+            self._place.copies.use_model(())
 
     def __enter__(self) -> Self:
         return self
@@ -281,17 +320,58 @@ class AttachedModel:
                     f"row {number}: {row!r} is another loader's; load it with this one"
                 )
             self._require_local(row)
+            self._require_ties(row)
+
+    def _require_ties(self, row: AdapterHandle) -> None:
+        """Refuse trained tokens of a pair that is tied in the adapter's base and not in the model.
+
+        And what PEFT does not define: a tied head that the adapter changes otherwise too.
+        """
+        if row.extras is None or not row.extras.trained:
+            return
+        tied, extras = self._place.tied, row.extras
+        problem = None
+        for module in extras.needing_ties:
+            if module not in tied.values() and module not in tied:
+                problem = "of a tied head, and the model's is not tied to its embedding"
+        for head, embedding in tied.items():
+            if embedding not in extras.trained:
+                continue
+            own, changed = extras.tokens(head), self._layout.at(head).name in row.modules
+            base: Any = self._replaced[head].base_module
+            if (changed and not own) or own == extras.tokens(embedding):
+                problem = "whose head, tied to the embedding, it changes otherwise too"
+            elif not own and base.bias is not None:
+                problem = "of a tied head that has a bias, which PEFT would leave out"
+        if problem is not None:
+            raise UsageError(f"adapter {row.id!r} has trained tokens {problem}; merge it")
+
+    def _install_others(self, batch: ModelBatch) -> None:
+        """Replace the forwards of norms and the like, which only these batches need."""
+        first = len(self._layout.modules)
+        try:
+            with self._lock:
+                for index in sorted(batch.replaced):
+                    if index < first or index in self._others:
+                        continue
+                    other = self._layout.at(index)
+                    base = self._model.get_submodule(other.name)
+                    self._others[index] = AdaptedForward(self, AdaptedModule(base, other, index))
+                    self._others[index].install()
+        except BaseException:
+            batch.end()
+            raise
 
     def _require_local(self, row: AdapterHandle) -> None:
         """Refuse a bias or magnitude of a row-parallel module.
 
         A bias is added once, after the all-reduce; a row's norm needs all columns.
         """
-        if row.shard is None or row.shard.world_size == 1 or row.vectors is None:
+        if row.shard is None or row.shard.world_size == 1 or row.extras is None:
             return
-        for index in row.vectors.modules:
-            module = self._replaced[index].module
-            if module.parallel is Parallelism.ROW:
+        for index in (*row.extras.modules, *row.extras.biases):
+            module = self._layout.at(index)
+            if isinstance(module, Module) and module.parallel is Parallelism.ROW:
                 raise UsageError(
                     f"adapter {row.id!r} has a bias or a magnitude for module {module.name!r}, of"
                     f" which {row.shard} has some columns: it cannot be applied before the sum over"
@@ -306,20 +386,30 @@ class AdaptedForward:
     """
 
     def __init__(self, attached: AttachedModel, adapted: AdaptedModule) -> None:
-        self.module = adapted.module
-        """The module's layout entry."""
         self.base: Forward = adapted.base.forward
         self._attached = attached
         self._adapted = adapted
+        self.base_module = adapted.base
         self._attributes = vars(adapted.base)
         # An attribute that hid the class's forward, for example of accelerate's hooks.
         self._before: Forward | None = self._attributes.get("forward")
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        batch = self._attached.current()
+    def __call__(self, x: torch.Tensor, *more: torch.Tensor, **named: Any) -> torch.Tensor:
+        batch, adapted = self._attached.current(), self._adapted
         with batch.computing():
-            batch.check(x, self.module)
-            return batch.adapt(self.base(x), x, self._adapted)
+            module = adapted.module
+            if adapted.index in batch.replaced:
+                batch.check(x, module)
+                if named:
+                    raise UsageError(
+                        f"module {module.name!r} got named inputs, whose rows cannot be told apart,"
+                        " and an adapter replaces it; load the adapter's base merged with it"
+                    )
+                return batch.replace(self.base, (x, *more), adapted)
+            if isinstance(module, OtherModule):
+                return self.base(x, *more, **named)
+            batch.check(x, module)
+            return batch.adapt(self.base(x), x, adapted)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise UsageError("a model is copied or pickled without its adapters; detach first")

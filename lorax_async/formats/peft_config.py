@@ -42,6 +42,15 @@ def _are_names(value: JsonValue) -> bool:
     return value is None or all(isinstance(name, str) for name in names)
 
 
+def _is_list_of_names(value: JsonValue) -> bool:
+    return _off(value) or (isinstance(value, list) and _are_names(value))
+
+
+def _are_tokens(value: JsonValue) -> bool:
+    lists = value.values() if isinstance(value, dict) else [value]
+    return _off(value) or all(isinstance(it, list) and _are_indices(it) for it in lists)
+
+
 def _are_indices(value: JsonValue) -> bool:
     indices = value if isinstance(value, list) else [value]
     return value is None or all(type(index) is int for index in indices)
@@ -78,8 +87,6 @@ _OBJECT = ConfigField(_is(NoneType, dict), "null or an object")
 UNKNOWN = ConfigField(_off, "a field that this version does not know", refused=True)
 _REFUSED: Mapping[str, tuple[str, Callable[[JsonValue], bool]]] = {
     "bias": ("trained biases", lambda value: value == "none" or _off(value)),
-    "modules_to_save": ("full copies of modules", _off),
-    "trainable_token_indices": ("trained rows of the embedding", _off),
     "target_parameters": ("LoRA on bare parameters, as in fused experts", _off),
     "layer_replication": ("a base with repeated layers", _off),
     "alora_invocation_tokens": ("aLoRA, active only after its invocation tokens", _off),
@@ -104,6 +111,10 @@ FIELDS: Mapping[str, ConfigField] = {
     ),
     **dict.fromkeys(("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"), _SWITCH),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),
+    "modules_to_save": ConfigField(_is_list_of_names, "null or a list of strings"),
+    "trainable_token_indices": ConfigField(
+        _are_tokens, "null, a list of tokens or an object of such"
+    ),
     "base_model_name_or_path": ConfigField(_is(NoneType, str), "null or a string"),
     "layers_to_transform": ConfigField(_are_indices, "null, an integer or a list of integers"),
     # Settings of initialisations, which only init_lora_weights enables.
@@ -175,6 +186,7 @@ def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
     _check_initialisation(config.get("init_lora_weights"))
     _check_combination(config)
     base, layers = config.get("base_model_name_or_path"), config.get("layers_to_transform")
+    task = config.get("task_type")
     layers = layers if isinstance(layers, list) else [layers]
     read_rank = partial(_read_rank, max_rank=limits.max_rank)
     return AdapterSpec(
@@ -187,8 +199,12 @@ def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
         excluded=_read_names("exclude_modules", config.get("exclude_modules")) or None,
         layers=tuple(layer for layer in layers if isinstance(layer, int)),
         layer_patterns=_read_layer_patterns(config.get("layers_pattern")),
+        saved=_read_saved(config.get("modules_to_save"), task),
+        tokens=_read_tokens(config.get("trainable_token_indices")),
         ensure_weight_tying=bool(config.get("ensure_weight_tying")),
         base_model=base if isinstance(base, str) else None,
+        base_class=_read_base_class(config.get("auto_mapping")),
+        task=task if isinstance(task, str) else None,
         fan_in_fan_out=config.get("fan_in_fan_out") is True,
         dora=config.get("use_dora") is True,
         lora_bias=config.get("lora_bias") is True,
@@ -247,6 +263,31 @@ def _check_layers(config: Mapping[str, JsonValue]) -> str | None:
     if config.get("layers_pattern") and config.get("layers_to_transform") is None:
         return "layers_pattern without layers_to_transform"
     return None
+
+
+def _read_tokens(value: JsonValue) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    named = value.items() if isinstance(value, dict) else [("", value)] if value else []
+    listed = ((name, ids if isinstance(ids, list) else []) for name, ids in named)
+    return tuple((name, tuple(it for it in ids if isinstance(it, int))) for name, ids in listed)
+
+
+# What PEFT's classes of these tasks add to modules_to_save.
+_SAVED_BY_TASK = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def _read_saved(names: JsonValue, task: JsonValue) -> tuple[str, ...]:
+    by_task = _SAVED_BY_TASK.get(task, ()) if isinstance(task, str) else ()
+    listed = names if isinstance(names, list) else []
+    return (*(str(name) for name in listed if name), *by_task)
+
+
+def _read_base_class(mapping: JsonValue) -> str | None:
+    found = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _read_rank(name: str, value: JsonValue, *, max_rank: int) -> int:

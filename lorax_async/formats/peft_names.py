@@ -1,6 +1,6 @@
 """Name PEFT's files, parse its tensor names, and decide which modules a config targets.
 
-A tensor's name is `base_model.model.` + module path + suffix. :data:`SUFFIXES` are supported. Any
+A tensor's name is `base_model.model.` + module path + suffix, of a kind in `tensor_kinds`. Any
 other tensor is refused, if possible by the name of the PEFT feature that wrote it, because omitting
 a tensor changes the outputs.
 Source: peft 0.21.2, `utils/save_and_load.py`, `utils/other.py` and `tuners/lora/layer.py`; for
@@ -13,13 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import lru_cache
 from typing import Any
 
 import re2
 
 from lorax_async.errors import AdapterError, AdapterFormatError, UnsupportedAdapterError, shorten
+from lorax_async.formats.tensor_kinds import SUFFIXES, WHOLE, TensorRole
 from lorax_async.types import AdapterSpec, Matcher, ModuleNames
 
 CONFIG_FILE = "adapter_config.json"
@@ -96,19 +96,6 @@ WEIGHT_DTYPES = ("F32", "F16", "BF16")
 PREFIX = "base_model.model."
 
 
-class TensorRole(Enum):
-    """The role of a tensor in a module's adapter.
-
-    A `[rank, in]` and B `[out, rank]` are the factors of `scale * B @ A`. The vectors are `[out]`:
-    BIAS (lora_bias) is added to B's output, MAGNITUDE is DoRA's.
-    """
-
-    A = "A"
-    B = "B"
-    BIAS = "bias"
-    MAGNITUDE = "magnitude"
-
-
 @dataclass(frozen=True, slots=True)
 class TensorName:
     """The module path and role in a tensor's name.
@@ -121,16 +108,6 @@ class TensorName:
     embedding: bool | None = False
 
 
-SUFFIXES = {
-    "lora_A.weight": (TensorRole.A, False),
-    "lora_B.weight": (TensorRole.B, False),
-    "lora_B.bias": (TensorRole.BIAS, False),
-    "lora_embedding_A": (TensorRole.A, True),
-    "lora_embedding_B": (TensorRole.B, True),
-    "lora_magnitude_vector": (TensorRole.MAGNITUDE, None),
-}
-"""Supported suffixes: the tensor's role, and whether the module is an embedding."""
-
 # Other markers in PEFT's names, with the features that write them.
 _MARKERS = {
     "base_layer.bias": "bias (a trained bias of the base)",
@@ -141,7 +118,6 @@ _MARKERS = {
     "lora_velora_embed": "VeLoRA",
     "lora_monteclora_sampler": "MonteCLoRA",
 }
-_EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|lm_head)\.weight")
 _NAMED = r"\.(?!weight$|bias$)[^.]+"  # the adapter's name, which PEFT strips
 _RAW = re.compile(
     rf".*\.lora_(?:[AB]{_NAMED}\.(?:weight|bias)|embedding_[AB]{_NAMED}|magnitude_vector{_NAMED}\.weight)"
@@ -196,18 +172,24 @@ def parse_tensor_name(name: str) -> TensorName:
     `AdapterFormatError` for a module path that is malformed or not in canonical form.
     """
     path, _, last = name.rpartition(".")
-    if last in {"weight", "bias"}:
-        path, _, factor = path.rpartition(".")
-        last = f"{factor}.{last}"
-    found = SUFFIXES.get(last)
-    if found is None or not path.startswith(PREFIX):
+    owner, _, factor = path.rpartition(".")
+    kind = SUFFIXES.get(f"{factor}.{last}")
+    if kind is not None:
+        path = owner
+    elif last not in {"weight", "bias"} or not factor.startswith("lora_"):
+        kind = SUFFIXES.get(last)
+    if kind is None or not path.startswith(PREFIX):
         raise _refusal(name)
     module = path[len(PREFIX) :]
+    if kind.role is TensorRole.BASE_COPY and module.rpartition(".")[2] not in _TIED:
+        raise _refusal(name)
     if not _PATH.fullmatch(module) or _PADDED.search(name, len(PREFIX) - 1):
         raise _malformed_error(module)
     if ("base_layer" in module or "lora_" in module or "_save" in module) and _feature(module):
         raise _refusal(name)
-    return TensorName(module, *found)
+    if kind.role in WHOLE and ".lora_" in f".{module}":
+        raise _refusal(name)
+    return TensorName(module, kind.role, kind.embedding)
 
 
 def layer_index(module: str) -> int | None:
@@ -350,14 +332,9 @@ def _refusal(name: str) -> AdapterError:
         )
     if path.endswith(_FULL_WEIGHT):
         module = path.removesuffix(_FULL_WEIGHT)
-        if module.rpartition(".")[2] not in _TIED:
-            return UnsupportedAdapterError(
-                f"tensor {shown} is a full copy of {shorten(module, 200)!r}, which PEFT saves of a"
-                " module that is in target_modules and modules_to_save; train it as one of them"
-            )
         return UnsupportedAdapterError(
-            f"tensor {shown} is a copy of the base's own weight, which PEFT adds where embed_tokens"
-            " or lm_head is targeted; save with save_pretrained(…, save_embedding_layers=False)"
+            f"tensor {shown} is a full copy of {shorten(module, 200)!r}, which PEFT saves of a"
+            " module that is in target_modules and modules_to_save; train it as one of them"
         )
     if feature := _feature(path):
         return UnsupportedAdapterError(
@@ -379,13 +356,7 @@ def _feature(path: str) -> str | None:
     for marker, feature in _MARKERS.items():
         if f".{marker}." in dotted:
             return feature
-    if _EMBEDDING.fullmatch(path):
-        return "a resized vocabulary or modules_to_save"
-    if ".lora_" in dotted:
-        return None
-    if path.endswith(".bias"):
-        return "bias or modules_to_save (a trained bias of the base)"
-    return "modules_to_save (a full copy of a module)" if path.endswith(".weight") else None
+    return None
 
 
 def _malformed_error(module: str) -> AdapterFormatError:
@@ -400,6 +371,9 @@ def _malformed_error(module: str) -> AdapterFormatError:
 HEADS = frozenset({"lm_head", "embed_out"})
 """The last names of the modules that compute logits, in transformers."""
 
+TOKENS = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in"})
+"""The last names of the embeddings of tokens, in transformers."""
+
 _TIED = frozenset({"embed_tokens", "lm_head"})
 _MANY_NAMES = 20  # PEFT replaces this many names, or more, by the ends that they have in common
 
@@ -412,8 +386,27 @@ def is_all_linear(targets: ModuleNames) -> bool:
 def targeting_of(spec: AdapterSpec) -> Targeting:
     """Return the modules that a config targets, compiled once for equal fields."""
     return _compile(
-        spec.targets, spec.excluded, spec.layers, spec.layer_patterns, spec.ensure_weight_tying
+        spec.targets,
+        spec.excluded,
+        spec.layers,
+        spec.layer_patterns,
+        spec.ensure_weight_tying,
+        spec.saved,
     )
+
+
+def is_saved(path: str, saved: Iterable[str], *, whole_names: bool = False) -> bool:
+    """Return whether `modules_to_save` names a module, or one around it.
+
+    PEFT replaces modules whose paths end with a name. It excludes from `target_modules` only those
+    that end with `whole_names`, from a dot on.
+    """
+    ends = [f".{name}" for name in saved] if whole_names else list(saved)
+    while path:
+        if f".{path}".endswith(tuple(ends)):
+            return True
+        path = path.rpartition(".")[0]
+    return False
 
 
 class Targeting:
@@ -431,7 +424,9 @@ class Targeting:
         layers: tuple[int, ...],
         layer_patterns: tuple[str, ...],
         tied: bool,
+        saved: tuple[str, ...] = (),
     ) -> None:
+        self._saved = saved
         self._all_linear = is_all_linear(targets)
         self._named, cost = _compile_names(None if self._all_linear else targets)
         self._excluded, more = _compile_names(excluded)
@@ -452,6 +447,8 @@ class Targeting:
         tied = self._ties and layer_index(path) is None
         if tied and not embedding:  # gets the adapter of the embedding
             return None
+        if self._saved and is_saved(path, self._saved, whole_names=True):
+            return "modules_to_save"
         if self._excluded is not None and self._excluded(path):
             return "exclude_modules"
         if tied:

@@ -54,6 +54,31 @@ class Module:
     parts: tuple[FusedPart, ...] = ()
     embedding: bool = False
 
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """The shape in which the base stores the weight."""
+        sizes = self.out_features, self.in_features
+        return sizes[::-1] if self.transposed or self.embedding else sizes
+
+
+@dataclass(frozen=True, slots=True)
+class OtherModule:
+    """A module of a base model that adapters can only replace: a norm, a convolution.
+
+    `weight` and `bias` are the shapes of these parameters, None for one that it does not have.
+    `layer` is as in `Module`.
+    """
+
+    name: str
+    weight: tuple[int, ...] | None
+    bias: tuple[int, ...] | None
+    layer: int
+
+    @property
+    def embedding(self) -> bool:
+        """False: as `Module`, for one that adapters only replace."""
+        return False
+
 
 @dataclass(frozen=True)
 class ModelLayout:
@@ -63,9 +88,14 @@ class ModelLayout:
     position in this tuple indexes the device's tables. `dtype`, which the model computes in, is
     "F32", "F16" or "BF16". `backbone_prefix` is the prefix of the backbone's names in a model with
     a head ("model."), or "". `text_prefixes` are, for a model of text and images, pairs of a prefix
-    in its text class and the same in this one ("model.", "model.language_model."). `base` is the
-    model's folder or hub id and `architecture` its class, for errors; they are not compared. Raise
-    `ConfigError` for inconsistent values.
+    in its text class and the same in this one ("model.", "model.language_model.").
+
+    The rest is not compared. `base` is the model's folder or hub id and `architecture` its class,
+    for errors. `others` are indexed after `modules`; a base's config does not tell them.
+    `resizable` is whether adapters may bring a vocabulary of another size. `renames` are prefixes
+    of modules in former versions of transformers, each with what takes its place, in this order.
+
+    Raise `ConfigError` for inconsistent values.
     """
 
     modules: tuple[Module, ...]
@@ -75,6 +105,9 @@ class ModelLayout:
     text_prefixes: tuple[tuple[str, str], ...] = ()
     base: str = field(default="", compare=False)
     architecture: str = field(default="", compare=False)
+    others: tuple[OtherModule, ...] = field(default=(), compare=False)
+    resizable: bool = field(default=True, compare=False)
+    renames: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.modules, key=lambda module: module.layer))
@@ -109,6 +142,11 @@ class ModelLayout:
     @cached_property
     def _index(self) -> Mapping[str, int]:
         return {module.name: position for position, module in enumerate(self.modules)}
+
+    @cached_property
+    def _other_index(self) -> Mapping[str, int]:
+        first = len(self.modules)
+        return {module.name: first + number for number, module in enumerate(self.others)}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -149,7 +187,14 @@ class ModelLayout:
         `model.layers.0…`), and one trained on the text class of a model of text and images has that
         one's; an exact match comes first.
         """
-        index = self._index
+        return self._resolve(path, self._index)
+
+    def resolve_whole(self, path: str) -> int | None:
+        """Return the index of a module or other module, as `resolve`."""
+        found = self._resolve(path, self._index)
+        return self._resolve(path, self._other_index) if found is None else found
+
+    def _resolve(self, path: str, index: Mapping[str, int]) -> int | None:
         found = index.get(path)
         if found is None:
             found = index.get(self.backbone_prefix + path)
@@ -157,6 +202,31 @@ class ModelLayout:
             if found is None and path.startswith(text):
                 found = index.get(own + path.removeprefix(text))
         return found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all modules, by index."""
+        return (*(module.name for module in self.modules), *(it.name for it in self.others))
+
+    def has(self, path: str) -> bool:
+        """Return whether a module or other module has exactly this name."""
+        return path in self._index or path in self._other_index
+
+    def rename(self, path: str) -> str:
+        """Return the present path of a module that former versions of transformers called `path`.
+
+        Like PEFT, leave alone what would only lose the beginning of its name in the file.
+        """
+        renamed = path
+        for before, now in self.renames:
+            if renamed == before or renamed.startswith(f"{before}."):
+                renamed = now + renamed.removeprefix(before)
+        return path if f".model.{path}".endswith(f".{renamed}") else renamed
+
+    def at(self, index: int) -> Module | OtherModule:
+        """Return the module or other module of an index."""
+        count = len(self.modules)
+        return self.modules[index] if index < count else self.others[index - count]
 
 
 def _ends_with(path: str, name: str) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 from lorax_async.config import Limits
@@ -15,16 +17,20 @@ from lorax_async.errors import (
     shorten,
 )
 from lorax_async.formats.peft_names import (
+    HEADS,
+    PREFIX,
+    TOKENS,
     WEIGHT_DTYPES,
     Targeting,
-    TensorRole,
+    is_saved,
     layer_index,
     matrix_error,
     parse_tensor_name,
     targeting_of,
 )
 from lorax_async.formats.safetensors import Header, TensorSpan
-from lorax_async.planning.layout import ModelLayout, Module
+from lorax_async.formats.tensor_kinds import WHOLE, TensorRole
+from lorax_async.planning.layout import ModelLayout, Module, OtherModule
 from lorax_async.types import AdapterSpec
 
 _MAX_SCALE = 3.4028234663852886e38  # the largest float32, the dtype of the device's table
@@ -54,10 +60,33 @@ class TensorPair(NamedTuple):
     vectors: tuple[tuple[TensorRole, TensorSpan], ...] = ()
 
 
-def pair_tensors(
-    header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits
-) -> list[TensorPair]:
-    """Return one pair per module that the adapter changes, in the order of the layout.
+class OtherTensor(NamedTuple):
+    """A tensor that is not of a pair. `module` is the layout's index (`ModelLayout.at`).
+
+    `tokens` are those whose rows it has. `needs_tie` is whether the config names a module besides
+    that has them only where it is tied to this one.
+    """
+
+    module: int
+    layer: int
+    part: TensorRole
+    span: TensorSpan
+    tokens: tuple[int, ...] = ()
+    needs_tie: bool = False
+
+
+class Pairing(NamedTuple):
+    """An adapter's tensors by module: one pair per module with A and B, and what is beside them.
+
+    Both are in the order of the layout.
+    """
+
+    pairs: list[TensorPair]
+    others: list[OtherTensor]
+
+
+def pair_tensors(header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits) -> Pairing:
+    """Return the adapter's tensors by module.
 
     Raise `AdapterFormatError` if the tensors are not pairs of the config's rank, its vectors are
     missing, or it does not target a module; `IncompatibleAdapterError` if the base lacks the
@@ -65,15 +94,40 @@ def pair_tensors(
     not supported.
     """
     try:
-        return _pair(header, spec, layout, limits)
+        try:
+            pairing = _pair(header, spec, layout, limits)
+        except IncompatibleAdapterError:
+            renamed = _renamed(header, layout) if layout.renames else None
+            if renamed is None:
+                raise
+            pairing = _pair(renamed, spec, layout, limits)
     except IncompatibleAdapterError as error:
+        fit = _describe_other_class(header.tensors, spec, layout)
         bases = _describe_bases(header.tensors, spec, layout)
-        raise IncompatibleAdapterError(f"{error.problem}; {bases}") from None
+        raise IncompatibleAdapterError(f"{error.problem}{fit}; {bases}") from None
+    if spec.tokens:
+        _require_tokens(pairing.others, spec)
+    return pairing
 
 
-def _pair(
-    header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits
-) -> list[TensorPair]:
+def _renamed(header: Header, layout: ModelLayout) -> Header | None:
+    """Return a header with the present names of modules that have former ones.
+
+    None if that does not give the base's names for all: part of an adapter is not applied. Like
+    PEFT, rename the tensors of LoRA alone.
+    """
+    tensors = []
+    for span in header.tensors:
+        name = parse_tensor_name(span.name)
+        path = layout.rename(name.module) if ".lora_" in span.name else name.module
+        if not layout.has(path):
+            return None
+        suffix = span.name.removeprefix(PREFIX + name.module)
+        tensors.append(span._replace(name=f"{PREFIX}{path}{suffix}"))
+    return replace(header, tensors=tuple(tensors))
+
+
+def _pair(header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits) -> Pairing:
     places = _locate(header.tensors, layout)
     _require_dtypes(header.tensors)
     firsts = sorted([place for place in places if place % _PARTS_PER_MODULE == 0])
@@ -104,7 +158,9 @@ def _pair(
         fields = (place // _PARTS_PER_MODULE, module.layer, a, b, rank, scale, vectors)
         # As `TensorPair._make` does, without a call of Python code for each of hundreds.
         pairs.append(tuple.__new__(TensorPair, fields))
-    if (2 if expected is None else 3) * len(pairs) < len(places):
+    paired = (2 if expected is None else 3) * len(pairs)
+    others = _pick_others(places, spec, layout, mismatches) if paired < len(places) else []
+    if paired + len(others) < len(places):
         raise _surplus_error(places, expected)
     if mismatches:
         raise IncompatibleAdapterError(
@@ -112,7 +168,153 @@ def _pair(
         )
     if spec.fan_in_fan_out:
         require_transposed([modules[pair.module] for pair in pairs])
-    return pairs
+    return Pairing(pairs, others)
+
+
+def _pick_others(
+    places: Mapping[int, TensorSpan], spec: AdapterSpec, layout: ModelLayout, mismatches: list[str]
+) -> list[OtherTensor]:
+    """Return the tensors that are not of a pair; add those of a wrong shape to `mismatches`."""
+    found = []
+    for place, span in sorted(places.items()):
+        index, number = divmod(place, _PARTS_PER_MODULE)
+        part = _PARTS[number]
+        if part is TensorRole.BASE_COPY and place - number not in places:
+            raise _orphan_error(span, "A")  # PEFT writes it beside A and B
+        if (part in WHOLE or part is TensorRole.TOKENS) and place - number in places:
+            raise AdapterFormatError(
+                f"tensor {shorten(span.name, 200)!r} replaces what A and B of the module change"
+                " too; train it as one of target_modules, modules_to_save and"
+                " trainable_token_indices"
+            )
+        if part is TensorRole.TOKENS:
+            found.append(_pick_tokens(index, span, spec, layout))
+            continue
+        if part is TensorRole.BASE_COPY or part in WHOLE:
+            module = layout.at(index)
+            if part in WHOLE and not (_counts_tokens(module) or module.name in _TASK_HEADS):
+                _require_saved(span.name, spec)
+            if not _fits(part, span.shape, module, layout):
+                expected = list(_shape_of(part, module) or ())
+                mismatches.append(
+                    f"{shorten(module.name, 200)} (its {part.value} is {list(span.shape)},"
+                    f" the base's is {expected or 'missing'})"
+                )
+            found.append(OtherTensor(index, module.layer, part, span))
+    _require_vocabulary(found, spec, layout)
+    return found
+
+
+def _pick_tokens(
+    index: int, span: TensorSpan, spec: AdapterSpec, layout: ModelLayout
+) -> OtherTensor:
+    """Return the trained rows of a module's tokens.
+
+    Raise `AdapterFormatError` unless the config names as many, `IncompatibleAdapterError` if the
+    base has no such tokens.
+    """
+    module, path = layout.modules[index], parse_tensor_name(span.name).module
+    named = [(name, ids) for name, ids in spec.tokens if path.endswith(name)]
+    ids = named[0][1] if named else ()
+    rows, size = module.weight_shape
+    if len(span.shape) != 2 or span.shape[0] != len(ids) or len(set(ids)) < len(ids):
+        raise AdapterFormatError(
+            f"tensor {shorten(span.name, 200)!r} has shape {list(span.shape)}, and"
+            f" trainable_token_indices names {len(set(ids))} tokens of this module; correct it, or"
+            " save the adapter again"
+        )
+    if span.shape[1] != size or not all(0 <= token < rows for token in ids) or module.transposed:
+        raise IncompatibleAdapterError(
+            f"tensor {shorten(span.name, 200)!r} has rows of {span.shape[1]} for tokens up to"
+            f" {max(ids)}, and the base's {shorten(module.name, 100)} has {rows} rows of {size}"
+        )
+    needs_tie = any(other == ids and not path.endswith(name) for name, other in spec.tokens)
+    return OtherTensor(index, module.layer, TensorRole.TOKENS, span, ids, needs_tie)
+
+
+def _require_tokens(others: Iterable[OtherTensor], spec: AdapterSpec) -> None:
+    """Raise `AdapterFormatError` if a module has no rows for the tokens that the config names.
+
+    PEFT gives a tied module those of the embedding, where the config names the same for both.
+    """
+    found = [other for other in others if other.part is TensorRole.TOKENS]
+    paths = [parse_tensor_name(other.span.name).module for other in found]
+    for name, ids in spec.tokens:
+        if any(path.endswith(name) for path in paths) or any(it.tokens == ids for it in found):
+            continue
+        raise AdapterFormatError(
+            f"adapter_config.json: trainable_token_indices names {len(ids)} tokens"
+            f"{f' of {shorten(name, 100)!r}' if name else ''}, and the file has no rows for them;"
+            " save the adapter again, or correct the config"
+        )
+
+
+def _require_saved(tensor: str, spec: AdapterSpec) -> None:
+    """Raise `AdapterFormatError` for a module that the config does not name.
+
+    PEFT would load it into the base itself, and so into all that shares its weight.
+    """
+    path = parse_tensor_name(tensor).module
+    if not is_saved(path, spec.saved):
+        raise AdapterFormatError(
+            f"tensor {shorten(tensor, 200)!r} replaces a module that adapter_config.json does not"
+            " name; add it to modules_to_save, or take the tensor out"
+        )
+
+
+def _shape_of(part: TensorRole, module: Module | OtherModule) -> tuple[int, ...] | None:
+    """Return the shape of the base's own weight or bias, None if it has none.
+
+    A layout does not tell whether a linear module has a bias.
+    """
+    if isinstance(module, OtherModule):
+        return module.bias if part is TensorRole.OWN_BIAS else module.weight
+    if part is TensorRole.OWN_BIAS:
+        return None if module.embedding else (module.out_features,)
+    return module.weight_shape
+
+
+def _fits(
+    part: TensorRole, shape: tuple[int, ...], module: Module | OtherModule, layout: ModelLayout
+) -> bool:
+    """Return whether a tensor has the base's shape, but for the size of a vocabulary."""
+    expected = _shape_of(part, module)
+    resizes = part in WHOLE and layout.resizable and _counts_tokens(module)
+    if expected is None or not (resizes and shape):
+        return shape == expected
+    return len(shape) == len(expected) and shape[0] > 0 and shape[1:] == expected[1:]
+
+
+def _counts_tokens(module: Module | OtherModule) -> bool:
+    """Return whether a module's weight has a row per token."""
+    last = module.name.rpartition(".")[2]
+    return isinstance(module, Module) and (last in HEADS or (module.embedding and last in TOKENS))
+
+
+def _require_vocabulary(
+    others: Sequence[OtherTensor], spec: AdapterSpec, layout: ModelLayout
+) -> None:
+    """Raise `UnsupportedAdapterError` for half of what the base shares or resizes as a whole.
+
+    Of a pair that is tied, PEFT loads a module that the config does not name into both; and with
+    a vocabulary of another size, the rest is what its own resizing of the base happens to draw.
+    """
+    rows = {o.module: o.span.shape[0] for o in others if o.part is TensorRole.WEIGHT}
+    counting = [n for n, module in enumerate(layout.modules) if _counts_tokens(module)]
+    whole = [n for n in counting if n in rows]
+    if not whole or len({rows.get(n) for n in counting}) == 1:
+        return
+    names = [layout.modules[n].name for n in whole]
+    resized = any(rows[n] != layout.modules[n].weight_shape[0] for n in whole)
+    unnamed = any(not is_saved(name, spec.saved) for name in names)
+    if resized or unnamed or (spec.ensure_weight_tying and len(whole) < len(counting)):
+        others_ = [layout.modules[n].name for n in counting if n not in rows]
+        lacks = f" and not {', '.join(others_)}" if others_ else " with vocabularies of two sizes"
+        why = "resizes" if resized else "replaces"
+        raise UnsupportedAdapterError(
+            f"the adapter {why} {', '.join(names)}{lacks}; train and save all of them"
+            " (modules_to_save)"
+        )
 
 
 def _require_dtypes(tensors: Sequence[TensorSpan]) -> None:
@@ -243,21 +445,22 @@ def _locate(tensors: Sequence[TensorSpan], layout: ModelLayout) -> dict[int, Ten
             if place is None:
                 unknown.append(span.name)
                 continue
-            known[span.name] = place
+            if place < _PARTS_PER_MODULE * len(layout.modules):  # others are not compared
+                known[span.name] = place
         found[place] = span
         count += 1
     if unknown:
         _require_matrices(tensors)  # a layout has no convolutions
-        raise IncompatibleAdapterError(
-            f"the base has no such module: {_list_first(unknown, 'tensor')}"
-        )
+        raise _unknown_error(unknown, layout)
     if not count:
         # Serving the bare base under the adapter's name would be a silent error.
         raise AdapterFormatError("the file holds no tensors; save the adapter again")
     if len(found) < count:
         first: dict[int, str] = {}
         for span in tensors:
-            if (other := first.setdefault(known[span.name], span.name)) != span.name:
+            place = _place(span.name, layout)
+            assert place is not None
+            if (other := first.setdefault(place, span.name)) != span.name:
                 raise AdapterFormatError(
                     f"tensors {shorten(other, 200)!r} and {shorten(span.name, 200)!r} are for the"
                     " same module; keep one of them"
@@ -265,11 +468,24 @@ def _locate(tensors: Sequence[TensorSpan], layout: ModelLayout) -> dict[int, Ten
     return found
 
 
+def _unknown_error(names: list[str], layout: ModelLayout) -> IncompatibleAdapterError:
+    remedy = ""
+    if not layout.others and any(parse_tensor_name(name).part in WHOLE for name in names):
+        remedy = "; layouts.from_module knows norms and the like, and the base's config does not"
+    return IncompatibleAdapterError(
+        f"the base has no such module: {_list_first(names, 'tensor')}{remedy}"
+    )
+
+
 def _place(name: str, layout: ModelLayout) -> int | None:
     parsed = parse_tensor_name(name)
-    index = layout.resolve(parsed.module)
+    find = layout.resolve_whole if parsed.part in WHOLE else layout.resolve
+    index = find(parsed.module)
     if index is None:
         return None
+    place = _PARTS_PER_MODULE * index + _PARTS.index(parsed.part)
+    if index >= len(layout.modules):
+        return place
     embedding = layout.modules[index].embedding
     if parsed.embedding not in {None, embedding}:
         kinds = ("a linear module", "an embedding")
@@ -277,7 +493,7 @@ def _place(name: str, layout: ModelLayout) -> int | None:
             f"tensor {shorten(name, 200)!r} is for {kinds[not embedding]}, but the base has"
             f" {kinds[embedding]} there; use the base it was trained on"
         )
-    return _PARTS_PER_MODULE * index + _PARTS.index(parsed.part)
+    return place
 
 
 def check_matching(spec: AdapterSpec, names: Iterable[str]) -> None:
@@ -339,6 +555,69 @@ def _describe_bases(tensors: Sequence[TensorSpan], spec: AdapterSpec, layout: Mo
         f" {_most_common(widths)}); this loader serves {served} ({known}layers up to"
         f" {layout.num_layers - 1}, width {_most_common(own)})"
     )
+
+
+_TASK_CLASSES = {
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "ForConditionalGeneration",
+}
+"""The ends of transformers' classes by PEFT's `task_type`."""
+
+_ROOTS = 8  # prefixes of missing modules that are compared with the layout's
+
+_TASK_HEADS = frozenset({"lm_head", "score", "classifier", "qa_outputs"})
+"""The modules that some of these classes have, and others of the same base do not."""
+
+
+def _describe_other_class(
+    tensors: Sequence[TensorSpan], spec: AdapterSpec, layout: ModelLayout
+) -> str:
+    """Name the class of the same base that the adapter's names fit; "" if there is none.
+
+    Another class has another path before the layers, or another head.
+    """
+    paths = {parse_tensor_name(span.name).module for span in tensors}
+    missing = sorted(path for path in paths if layout.resolve(path) is None)
+    roots = {tuple(path.split(".")[:2]): path for path in reversed(missing)}
+    pairs = (_counterpart(path, missing, layout) for path in islice(roots.values(), _ROOTS))
+    renamed = next(filter(None, pairs), None)
+    head = next((path for path in missing if path in _TASK_HEADS), None)
+    own = layout.architecture or "this loader's class"
+    if renamed is not None:
+        path, counterpart = renamed
+        difference = f"has {shorten(path, 100)!r} where {own} has {shorten(counterpart, 100)!r}"
+    elif head is not None and len(missing) < len(paths):
+        difference = f"has {head!r}, which {own} does not have"
+    else:
+        return ""
+    stem = layout.architecture.removesuffix("LMHeadModel").partition("For")[0]
+    by_task = _TASK_CLASSES.get(spec.task or "")
+    name = spec.base_class or (f"{stem}{by_task}" if stem and by_task and renamed is None else "")
+    known = f"{shorten(name, 100)}, which" if name and name != own else "one that"
+    return f"; its names fit another class of the same base, {known} {difference}"
+
+
+def _counterpart(path: str, missing: Sequence[str], layout: ModelLayout) -> tuple[str, str] | None:
+    """Return `path` and the layout's module that differs from it in what precedes the layers.
+
+    The same exchange has to lead to modules of the layout for all of `missing` that begin alike.
+    """
+    rest = path
+    while rest := rest.partition(".")[2]:
+        before = path.removesuffix(rest)
+        if layer_index(before) is not None:
+            return None
+        for module in layout.modules:
+            own = module.name.removesuffix(rest)
+            if own == module.name or layer_index(own) is not None or not f".{own}".endswith("."):
+                continue
+            alike = (name.removeprefix(before) for name in missing if name.startswith(before))
+            if all(layout.resolve(own + name) is not None for name in alike):
+                return path, module.name
+    return None
 
 
 def _most_common(sizes: Counter[int]) -> str:

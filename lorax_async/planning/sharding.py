@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from lorax_async.config import Shard
-from lorax_async.errors import ConfigError, shorten
+from lorax_async.errors import ConfigError, UnsupportedAdapterError, shorten
 from lorax_async.formats.safetensors import TensorSpan
 from lorax_async.formats.spans import ByteSpan
+from lorax_async.formats.tensor_kinds import TensorRole
 from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
-from lorax_async.planning.pairing import TensorPair
+from lorax_async.planning.pairing import OtherTensor, TensorPair
 
 _SHOWN = 3
 # Names do not tell how these are fused; only the base's config does.
@@ -84,6 +85,53 @@ def cut_pairs(pairs: Iterable[TensorPair], cuts: Sequence[ModuleCut]) -> list[Te
         own_vectors = tuple((part, _cut_rows(span, rows)) for part, span in vectors)
         shares.append(TensorPair(module, layer, own_a, own_b, rank, scale, own_vectors))
     return shares
+
+
+def cut_others(
+    others: Iterable[OtherTensor], modules: Sequence[Module], cuts: Sequence[ModuleCut]
+) -> list[OtherTensor]:
+    """Return the tensors with the spans of one rank. Those of other modules are whole.
+
+    Raise `UnsupportedAdapterError` for a weight of which a rank holds several parts of each row,
+    and for a resized vocabulary or trained tokens, which the ranks would share in another way.
+    """
+    shares = []
+    for other in others:
+        if other.module >= len(cuts):
+            shares.append(other)
+            continue
+        module, cut, span = modules[other.module], cuts[other.module], other.span
+        if other.part is TensorRole.TOKENS:
+            raise UnsupportedAdapterError(
+                f"tensor {shorten(span.name, 200)!r} has rows of trained tokens, and a rank may"
+                " hold others of a head that is tied; load it without a shard"
+            )
+        if other.part is TensorRole.OWN_BIAS:
+            span = _cut_rows(span, cut.rows)
+        elif span.shape == module.weight_shape:
+            span = _cut_weight(span, module, cut)
+        elif module.parallel is not Parallelism.REPLICATED:
+            raise UnsupportedAdapterError(
+                f"tensor {shorten(span.name, 200)!r} resizes a vocabulary that tensor parallelism"
+                " divides; load it without a shard"
+            )
+        shares.append(other._replace(span=span))
+    return shares
+
+
+def _cut_weight(span: TensorSpan, module: Module, cut: ModuleCut) -> TensorSpan:
+    """Return the share of a weight, stored as the base stores it."""
+    rows, columns = cut.rows, (cut.columns,)
+    if module.transposed or module.embedding:
+        rows, columns = columns, rows
+    if sum(last - first for first, last in columns) == span.shape[1]:
+        return _cut_rows(span, rows)
+    if len(columns) == 1:
+        return _cut_columns(span, columns[0])
+    raise UnsupportedAdapterError(
+        f"tensor {shorten(span.name, 200)!r} is a weight stored as [in, out], of which a shard has"
+        " several parts of each row; load it without a shard"
+    )
 
 
 def _find_problem(module: Module, world: int) -> str | None:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, repeat
-from math import ceil
+from itertools import chain, groupby, repeat
+from math import ceil, prod
 from operator import attrgetter, itemgetter
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from lorax_async.config import Limits
 from lorax_async.errors import ConfigError, InternalError, UnsupportedAdapterError
-from lorax_async.formats.peft_names import TensorRole
 from lorax_async.formats.safetensors import Header, TensorSpan
 from lorax_async.formats.spans import ByteSpan
+from lorax_async.formats.tensor_kinds import TensorRole
 from lorax_async.lifecycle.adapter_state import GroupSizes
 from lorax_async.planning.layout import ModelLayout
-from lorax_async.planning.pairing import TensorPair, pair_tensors
-from lorax_async.planning.sharding import ModuleCut, cut_pairs
+from lorax_async.planning.pairing import OtherTensor, TensorPair, pair_tensors
+from lorax_async.planning.sharding import ModuleCut, cut_others, cut_pairs
 from lorax_async.types import AdapterSpec
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -96,31 +96,51 @@ class TableRow(NamedTuple):
     scale: float
 
 
-class VectorSlot(NamedTuple):
-    """A module's bias or magnitude: `length` elements at `offset` of the group's extent.
+class ExtraSlot(NamedTuple):
+    """A tensor beside A and B, which kernels do not read: `shape` at `offset` of the extent.
 
-    It keeps the file's `dtype`. A magnitude scales a whole row of the base's weight, and rounding
-    it to bf16 would change that row by up to 0.2 %. On SmolLM2 this moves the logits a hundred
-    times as far as rounding A and B does.
+    `module` is the layout's index; `tokens` and `needs_tie` are as in `OtherTensor`. What belongs
+    to a linear module or an embedding has the plan's dtype, but for biases and magnitudes. They,
+    and other modules, keep the file's: a magnitude scales a whole row of the base's weight, and
+    rounding it to bf16 would change that row by up to 0.2 %. On SmolLM2 this moves the logits a
+    hundred times as far as rounding A and B does.
     """
 
     module: int
     part: TensorRole
     offset: int
-    length: int
+    shape: tuple[int, ...]
     dtype: str
+    tokens: tuple[int, ...] = ()
+    needs_tie: bool = False
 
     @property
     def nbytes(self) -> int:
-        return self.length * ITEM_BYTES[self.dtype]
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class BaseCopy(NamedTuple):
+    """A copy of the weight of the base's `module`: `sources` of the file, in `dtype`.
+
+    It is compared with the base, and gets no place on the device.
+    """
+
+    module: int
+    dtype: str
+    sources: tuple[ByteSpan, ...]
+
+    @classmethod
+    def of(cls, other: OtherTensor) -> Self:
+        span = other.span
+        return cls(other.module, span.dtype, span.pieces or (ByteSpan(span.start, span.stop),))
 
 
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
     """One layer group: an extent of `nbytes` (aligned), and the moves that fill it.
 
-    The moves write disjoint bytes. `spans` are exactly the bytes of the file that they read, in
-    order. Alignment gaps between tensors are not written, and no row points to them.
+    The moves write disjoint bytes. `spans` are exactly the bytes of the file that they and `copies`
+    read, in order. Alignment gaps between tensors are not written, and no row points to them.
     """
 
     layer: int
@@ -130,7 +150,8 @@ class GroupPlan:
     zeros: tuple[ZeroMove, ...]
     rows: tuple[TableRow, ...]
     spans: tuple[ByteSpan, ...]
-    vectors: tuple[VectorSlot, ...] = ()
+    extras: tuple[ExtraSlot, ...] = ()
+    copies: tuple[BaseCopy, ...] = ()
 
 
 class DeviceRules(NamedTuple):
@@ -226,22 +247,37 @@ class _GroupPlanner:
         self.padded: list[ConvertMove] = []
         self.zeros: list[ZeroMove] = []
 
-    def plan(self, layer: int, pairs: list[TensorPair]) -> GroupPlan:
-        modules, _, a, b, ranks, scales, vectors_of = zip(*pairs, strict=True)
+    def plan(
+        self, layer: int, pairs: list[TensorPair], whole: Sequence[OtherTensor] = (), cast: int = 0
+    ) -> GroupPlan:
+        """Plan a group of pairs, and of whole tensors of which the first `cast` are cast."""
+        empty: tuple[tuple[Any, ...], ...] = ((),) * len(TensorPair._fields)
+        modules, _, a, b, ranks, scales, vectors_of = zip(*pairs, strict=True) if pairs else empty
         multiple = self.target.rank_multiple
         padded = [rank + -rank % multiple for rank in ranks] if multiple > 1 else ranks
         ragged = {n for n, rank in enumerate(ranks) if rank < padded[n]} if multiple > 1 else set()
-        owned = []
+        owned: list[tuple[int, TensorRole, TensorSpan]] = []
+        if whole:
+            owned = [(other.module, other.part, other.span) for other in whole]
         if any(vectors_of):
-            owned = [(pair.module, *vector) for pair in pairs for vector in pair.vectors]
-        offsets = self._place([*a, *b], list(map(itemgetter(2), owned)), ragged)
+            owned += [(pair.module, *vector) for pair in pairs for vector in pair.vectors]
+        offsets = self._place([*a, *b], list(map(itemgetter(2), owned)), ragged, cast)
         cells = zip(modules, offsets, offsets[len(a) :], ranks, padded, scales, strict=False)
         # As `TableRow._make` does, without a call of Python code for each of hundreds.
         rows = tuple(map(tuple.__new__, repeat(TableRow), cells))
-        vectors = tuple(
+        extras = tuple(
             [
-                VectorSlot(module, part, offset, span.shape[0], span.dtype)
-                for (module, part, span), offset in zip(owned, offsets[2 * len(a) :], strict=True)
+                ExtraSlot(
+                    module,
+                    part,
+                    offset,
+                    span.shape,
+                    self.target.dtype if n < cast else span.dtype,
+                    *(whole[n][4:] if n < len(whole) else ()),
+                )
+                for n, ((module, part, span), offset) in enumerate(
+                    zip(owned, offsets[2 * len(a) :], strict=True)
+                )
             ]
         )
         reads: list[ReadMove] = []
@@ -261,19 +297,19 @@ class _GroupPlanner:
         converts.sort(key=attrgetter("file_offset"))
         moves = tuple(reads), tuple(converts), tuple(self.zeros)
         nbytes = self.end + -self.end % self.target.alignment
-        return GroupPlan(layer, nbytes, *moves, rows, _merge_spans(moved), vectors)
+        return GroupPlan(layer, nbytes, *moves, rows, _merge_spans(moved), extras)
 
     def _place(
-        self, matrices: list[TensorSpan], vectors: list[TensorSpan], ragged: set[int]
+        self, matrices: list[TensorSpan], extras: list[TensorSpan], ragged: set[int], cast: int
     ) -> list[int]:
-        """Return the offsets of `matrices` (every A, then every B) and of `vectors`.
+        """Return the offsets of `matrices` (every A, then every B) and of `extras`.
 
-        Vectors are not cast. The pairs in `ragged` need padding.
+        Of the extras, only the first `cast` are cast. The pairs in `ragged` need padding.
 
         Tensors are placed in file order at the next aligned offset. Tensors contiguous in both
         file and extent form one run; a file with aligned tensors makes the group a single run.
         """
-        spans, count = [*matrices, *vectors], len(matrices)
+        spans, count = [*matrices, *extras], len(matrices)
         pairs = count // 2
         starts = list(map(attrgetter("start"), spans))
         offsets = [0] * len(spans)
@@ -287,7 +323,7 @@ class _GroupPlanner:
                 pad = self._pad_rows if n < pairs else self._pad_columns
                 end = pad(span, offset)
                 continue
-            source = span.dtype if n < count else dtype
+            source = span.dtype if n < count + cast else dtype
             if span.pieces:
                 end = self._place_pieces(span, offset, source)
                 continue
@@ -458,8 +494,12 @@ class TransferPlan:
         return tuple([sum(map(nbytes, group.converts)) for group in self.groups])
 
     @cached_property
-    def has_vectors(self) -> bool:
-        return any(map(attrgetter("vectors"), self.groups))
+    def has_extras(self) -> bool:
+        return any(map(attrgetter("extras"), self.groups))
+
+    @cached_property
+    def copies(self) -> tuple[BaseCopy, ...]:
+        return tuple(chain.from_iterable(map(attrgetter("copies"), self.groups)))
 
     @cached_property
     def _sizes(self) -> tuple[GroupSizes, GroupSizes]:
@@ -469,7 +509,7 @@ class TransferPlan:
             tuple([group.nbytes for group in groups]),
             tuple(sorted(range(len(groups)), key=starts.__getitem__)),
             file_nbytes=self.file_bytes,
-            weight=sum([max(len(g.rows) + len(g.vectors), len(g.spans)) for g in groups]),
+            weight=sum([max(len(g.rows) + len(g.extras), len(g.spans)) for g in groups]),
         )
         return sizes, replace(sizes, holdable=True)
 
@@ -492,13 +532,15 @@ def plan_transfer(
     limits: Limits,
     staging_move_bytes: int,
     cuts: Sequence[ModuleCut] = (),
+    compares_copies: bool = True,
 ) -> TransferPlan:
     """Plan how the adapter of this header and config reaches a device.
 
     The `dtype` on the device is "F32", "F16" or "BF16"; None means the layout's. Every tensor
     starts at a multiple of `alignment` bytes, and every rank is padded to a multiple of
     `rank_multiple`. One `ConvertMove` may read, and may write, `staging_move_bytes` at most. `cuts`
-    is the rank's share of each module (`Sharding.cuts`); empty means everything.
+    is the rank's share of each module (`Sharding.cuts`); empty means everything. Without
+    `compares_copies`, copies of the base's weights are not read.
 
     Raises
     ------
@@ -515,17 +557,46 @@ def plan_transfer(
         )
     file_bytes = header.tensors[-1].stop if header.tensors else header.data_start
     check_size(file_bytes, "in its file", limits)
-    pairs = pair_tensors(header, spec, layout, limits)
+    pairs, others = pair_tensors(header, spec, layout, limits)
     if cuts:
-        pairs = cut_pairs(pairs, cuts)
-    by_layer = groupby(pairs, key=attrgetter("layer"))
-    groups = tuple(
-        [_GroupPlanner(target).plan(layer, list(members)) for layer, members in by_layer]
-    )
+        pairs, others = cut_pairs(pairs, cuts), cut_others(others, layout.modules, cuts)
+    by_layer = {n: list(members) for n, members in groupby(pairs, key=attrgetter("layer"))}
+    if others:
+        groups = _plan_with_others(target, by_layer, others, layout, compares=compares_copies)
+    else:
+        groups = tuple([_GroupPlanner(target).plan(n, pairs) for n, pairs in by_layer.items()])
     nbytes = sum([group.nbytes for group in groups])
     check_size(nbytes, f"as {target.dtype} on the device", limits)
-    rank = max(map(attrgetter("rank"), pairs))
+    rank = max(map(attrgetter("rank"), pairs), default=0)
     return TransferPlan(groups, target.dtype, rank, nbytes, file_bytes)
+
+
+def _plan_with_others(
+    target: DeviceRules,
+    pairs: Mapping[int, list[TensorPair]],
+    others: Sequence[OtherTensor],
+    layout: ModelLayout,
+    *,
+    compares: bool,
+) -> tuple[GroupPlan, ...]:
+    """Plan groups of pairs by layer and of other tensors, which come with their layers.
+
+    A copy of the base's weight is compared before its layer is used, if at all (`compares`).
+    """
+    groups = []
+    for layer in sorted({*pairs, *(other.layer for other in others)}):
+        members = [other for other in others if other.layer == layer]
+        copies = [BaseCopy.of(it) for it in members if it.part is TensorRole.BASE_COPY]
+        whole = [other for other in members if other.part is not TensorRole.BASE_COPY]
+        whole.sort(key=lambda other: other.module >= len(layout.modules))
+        cast = sum(other.module < len(layout.modules) for other in whole)
+        group = _GroupPlanner(target).plan(layer, pairs.get(layer, []), whole, cast)
+        if copies and compares:
+            sources = chain.from_iterable(copy.sources for copy in copies)
+            spans = _merge_spans([*group.spans, *sources])
+            group = replace(group, copies=tuple(copies), spans=spans)
+        groups.append(group)
+    return tuple(groups)
 
 
 def check_size(nbytes: int, where: str, limits: Limits) -> None:

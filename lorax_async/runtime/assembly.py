@@ -13,6 +13,7 @@ import torch
 from lorax_async.concurrency import ThreadPool, call_in, end_in_thread
 from lorax_async.config import LoaderConfig, StoreConfig
 from lorax_async.devices.base import Device
+from lorax_async.devices.base_copies import BaseCopies
 from lorax_async.devices.cpu import CpuDevice
 from lorax_async.devices.staging import StagingRing
 from lorax_async.devices.transfer import GroupTransfer
@@ -115,6 +116,7 @@ class Assembly:
         self._config = config
         self._check_open = check_open
         self._device = device or _make_device(sharding.held, config)
+        self.base_copies = BaseCopies(sharding)
         self.store = store = StoreParts(config, source, check_open)
         self.copies = HostCopies(config.memory_bytes)
         self._memory = MemorySource(self.copies, config.limits, store.threads)
@@ -175,11 +177,14 @@ class Assembly:
             transfer=GroupTransfer(
                 device,
                 staging,
-                [module.name for module in held.modules],
+                held.names,
                 check_finite=config.check_finite,
                 tracer=self.store.tracer,
+                base=self.base_copies,
             ),
-            planner=TransferPlanner(self._sharding, config, device, move_bytes=staging.move_bytes),
+            planner=TransferPlanner(
+                self._sharding, config, device, self.base_copies, move_bytes=staging.move_bytes
+            ),
             num_layers=held.num_layers,
             io_threads=config.io_threads,
             metadata_threads=self.store.threads,

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from lorax_async.concurrency import FetchControl, call_in
 from lorax_async.config import LoaderConfig
 from lorax_async.devices.base import Device
+from lorax_async.devices.base_copies import BaseCopies
 from lorax_async.errors import AdapterError, FetchError, LoraxError, as_lorax_error
 from lorax_async.events import HeaderChecked
 from lorax_async.files import Reader
@@ -50,9 +51,16 @@ class TransferPlanner:
     """
 
     def __init__(
-        self, sharding: Sharding, config: LoaderConfig, device: Device, *, move_bytes: int
+        self,
+        sharding: Sharding,
+        config: LoaderConfig,
+        device: Device,
+        base: BaseCopies,
+        *,
+        move_bytes: int,
     ) -> None:
         self._sharding = sharding
+        self._base = base
         self._limits = config.limits
         self._plan_transfer = partial(
             plan_transfer,
@@ -62,6 +70,7 @@ class TransferPlanner:
             limits=config.limits,
             staging_move_bytes=move_bytes,
             cuts=sharding.cuts,
+            compares_copies=config.base_copies != "trust",
         )
         self._cached_plan = lru_cache(maxsize=CACHED_PLANS)(self._plan)
 
@@ -78,8 +87,11 @@ class TransferPlanner:
         Pure; may take milliseconds. Raise `AdapterFormatError`, `UnsupportedAdapterError` or
         `IncompatibleAdapterError`.
         """
-        plan = self._plan if _is_large(file) else self._cached_plan
-        return plan(file.config, file.prefix, file.reader.nbytes)
+        make = self._plan if _is_large(file) else self._cached_plan
+        plan = make(file.config, file.prefix, file.reader.nbytes)
+        if plan.copies:
+            self._base.require_comparable(plan.copies)
+        return plan
 
     def _plan(self, config: bytes, prefix: bytes, file_size: int) -> TransferPlan:
         spec = parse_config(config, self._limits)

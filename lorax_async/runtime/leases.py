@@ -17,7 +17,7 @@ from lorax_async.devices.base import CopyTicket, Device
 from lorax_async.devices.staging import TORCH_DTYPES
 from lorax_async.devices.transfer import SlotCopies
 from lorax_async.errors import HandleClosedError, IntegrityError, LoraxError, UsageError
-from lorax_async.formats.peft_names import TensorRole
+from lorax_async.formats.tensor_kinds import WHOLE, TensorRole
 from lorax_async.lifecycle.adapter_state import SlotGrant
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.commands import Command
@@ -31,31 +31,52 @@ _MAX_COPIED = 4_096
 """The limit of versions whose weights are known to be finite."""
 
 
-class AdapterVectors:
-    """The biases and magnitudes of one slot occupancy; dropped when the slot is freed."""
+TOKENS = TensorRole.TOKENS
+
+
+class ExtraTensors:
+    """What kernels do not read of one slot occupancy: vectors, whole modules, trained tokens.
+
+    Dropped when the slot is freed. A module is named by its index in the layout
+    (`ModelLayout.at`).
+    """
 
     def __init__(self, plan: TransferPlan, grant: SlotGrant) -> None:
-        self._vectors = {
-            (vector.module, vector.part): (
-                Extent(extent.offset + vector.offset, vector.nbytes),
-                TORCH_DTYPES[vector.dtype],
-            )
+        self._extras = {
+            (extra.module, extra.part): (extra, Extent(extent.offset + extra.offset, extra.nbytes))
             for group, extent in zip(plan.groups, grant.extents, strict=True)
-            for vector in group.vectors
+            for extra in group.extras
         }
+        self.whole = frozenset(module for module, part in self._extras if part in WHOLE)
+        """The modules of which the adapter has the weight or the bias itself."""
+        self.biases = [module for module, part in self._extras if part is TensorRole.OWN_BIAS]
+        """Of these, the modules with a bias."""
+        self.trained = frozenset(module for module, part in self._extras if part is TOKENS)
+        """The modules of which the adapter has rows of tokens."""
+        self.needing_ties = [it.module for it, _ in self._extras.values() if it.needs_tie]
+        """Of these, the modules with which another has to be tied."""
 
     @property
     def modules(self) -> list[int]:
-        """The indexes of the layout's modules with a vector."""
-        return [module for module, _ in self._vectors]
+        """The modules with a bias or a magnitude beside A and B."""
+        beside = {TensorRole.BIAS, TensorRole.MAGNITUDE}
+        return [module for module, part in self._extras if part in beside]
 
     def view(self, device: Device, module: int, part: TensorRole) -> torch.Tensor | None:
-        """Return a view `[out]`, in the file's dtype; None if the adapter has no such vector.
+        """Return a view on the device, as `ExtraSlot` says; None if the adapter has no such tensor.
 
-        `module` is the layout's index. The bytes are valid once the module's layer is ready.
+        The bytes are valid once the module's layer is ready.
         """
-        vector = self._vectors.get((module, part))
-        return None if vector is None else device.view(vector[0]).view(vector[1])
+        found = self._extras.get((module, part))
+        if found is None:
+            return None
+        extra, extent = found
+        return device.view(extent).view(TORCH_DTYPES[extra.dtype]).view(extra.shape)
+
+    def tokens(self, module: int) -> tuple[int, ...]:
+        """Return the tokens of a module whose rows the adapter has."""
+        found = self._extras.get((module, TensorRole.TOKENS))
+        return () if found is None else found[0].tokens
 
 
 class SlotOccupancy(SlotCopies):
@@ -73,7 +94,7 @@ class SlotOccupancy(SlotCopies):
         super().__init__(plan, grant)
         self.key = key
         self.layers = plan.layers
-        self.vectors = AdapterVectors(plan, grant) if plan.has_vectors else None
+        self.extras = ExtraTensors(plan, grant) if plan.has_extras else None
         """None once the slot is free."""
         self.error: LoraxError | None = None
         self.verification = verification
@@ -284,7 +305,7 @@ class LeaseTable:
         occupancy = self.occupancies[key] = SlotOccupancy(
             key, grant, plan, self.num_layers, verified, lambda: life.has_arrived
         )
-        occupancy.known_finite = key in self._copied
+        occupancy.was_checked = key in self._copied
         return occupancy
 
     def note_copied(self, key: AdapterKey) -> None:
@@ -292,7 +313,7 @@ class LeaseTable:
         remember(self._copied, key, None, _MAX_COPIED)
 
     def vacate(self, key: AdapterKey) -> None:
-        self.occupancies.pop(key).vectors = None
+        self.occupancies.pop(key).extras = None
 
     def verified(self, key: AdapterKey, verification: Verification) -> None:
         """Record how an adapter's bytes were checked, once all are here."""

@@ -376,7 +376,8 @@ async def open_service(
     `base` is for the service alone; the dtype of `config` is the model's. `warm` is the file
     of the warm list; None keeps none. Raise `ConfigError` for settings that do not fit together.
     """
-    layout = replace(layouts.from_module(base.model), base=settings.base)  # its name in errors
+    # Its name is for errors. An adapter's own tokens need a tokenizer of its own.
+    layout = replace(layouts.from_module(base.model), base=settings.base, resizable=False)
     sequences = capacity.sequences
     length = base.max_length if capacity.length is None else min(base.max_length, capacity.length)
     async with AsyncExitStack() as stack:

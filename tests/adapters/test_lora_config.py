@@ -262,6 +262,7 @@ def test_no_ids() -> None:
 
 
 ROOT = "base_model.model."
+ROWS = "embed_tokens.token_adapter.trainable_tokens_delta"
 Q1 = f"{ROOT}{base.module_name(1, 'q_proj')}"
 
 
@@ -273,6 +274,8 @@ def test_tensors_without_a_place_are_refused_by_name() -> None:
         ("", f"{Q1}.lora_B.bias", UnsupportedAdapterError, "lora_bias"),
         ("", f"{ROOT}model.embed.lora_embedding_A", UnsupportedAdapterError, "embedding"),
         ("", f"{ROOT}lm_head.base_layer.weight", UnsupportedAdapterError, "copy of the base"),
+        ("", f"{ROOT}lm_head.weight", UnsupportedAdapterError, "modules_to_save"),
+        ("", f"{ROOT}{ROWS}", UnsupportedAdapterError, "trainable_token_indices"),
         ("", "something.else", UnsupportedAdapterError, f"no '{ROOT}' in front"),
     ]:
         made = base.tensors() | ({more: torch.zeros(1)} if more else {})

@@ -176,7 +176,7 @@ def test_inspect_tells_what_the_adapter_is(tmp_path: Path, capsys: Capture) -> N
 def test_inspect_goes_on_after_each_problem(tmp_path: Path, capsys: Capture) -> None:
     tensors = query(0) | {
         "model.layers.0.self_attn.q_proj.lora_diag": torch.ones(8),
-        "model.embed_tokens.weight": torch.ones(2, 2),
+        "model.embed_tokens.lora_velora_embed": torch.ones(2, 2),
         "model.layers.99999999.q_proj.lora_A.weight": torch.ones(8, 4),
     }
     path = adapter(tmp_path / "bad", tensors, use_bdlora={}, bias="all", r="eight")
@@ -265,7 +265,7 @@ def test_inspect_finds_weights_that_ruin_a_server(tmp_path: Path, capsys: Captur
 
 def test_a_strangers_text_reaches_no_terminal_as_it_is(tmp_path: Path, capsys: Capture) -> None:
     hostile = "\x1b[31m\x9b31m\u202e[bold]:bomb:"
-    tensors = {f"model.layers.{n}.norm.weight": torch.ones(2) for n in range(25)}
+    tensors = {f"model.layers.{n}.norm.lora_diag": torch.ones(2) for n in range(25)}
     path = adapter(tmp_path / "x", tensors, base_model_name_or_path=hostile, unknown=hostile)
     assert main(["inspect", path]) == 2
     text = capsys.readouterr().out

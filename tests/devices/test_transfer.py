@@ -434,8 +434,8 @@ def test_vectors_arrive_as_they_are_in_the_file(stored: str, own: str, way: str)
         made = vector_case(stored, own)
         image = image_of(staged, made) if way == "image" else None
         moving.run([made.copy(slot=2, image=image)]).joined().result(10)
-        assert [vector.module for vector in made.group.vectors] == [0, 1]
-        for vector, length in zip(made.group.vectors, (40, 8), strict=True):
+        assert [vector.module for vector in made.group.extras] == [0, 1]
+        for vector, length in zip(made.group.extras, (40, 8), strict=True):
             there = device.view(Extent(extent(2).offset + vector.offset, vector.nbytes))
             assert torch.equal(there.view(TORCH[own]), LOOKS_NAN.repeat(length).to(TORCH[own]))
         for value in (torch.nan, torch.inf, -torch.inf):

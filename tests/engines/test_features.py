@@ -25,7 +25,7 @@ from lorax_async import layouts
 from lorax_async.config import LoaderConfig, Shard
 from lorax_async.engines.batch import AdaptedModule, DoraFactors
 from lorax_async.engines.transformers import attach
-from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError, UsageError
+from lorax_async.errors import AdapterFormatError, UsageError
 from lorax_async.loader import AdapterLoader
 from lorax_async.planning.layout import Module, Parallelism
 from lorax_async.testing import FakeSource
@@ -300,16 +300,6 @@ async def test_a_load_of_magnitudes_that_are_no_numbers_is_refused(
     async with serving(small, device=device, check_finite=True) as (loader, _):
         with pytest.raises(AdapterFormatError, match="'model.*1.mlp.down_proj' has NaN or infin"):
             await loader.load(adapter)
-
-
-async def test_a_file_with_the_bases_embedding_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    model = llama()
-    warned = pytest.warns(UserWarning, match="save_embedding_layers")
-    with variants.wrapped(model, TOKENS) as peft, warned:
-        peft.save_pretrained(tmp_path)
-    remedy = r"embed_tokens.base_layer.weight.*save_embedding_layers=False"
-    with pytest.raises(UnsupportedAdapterError, match=remedy):
-        await logits_with(model, tmp_path, prompt(1))
 
 
 PATTERNS: Any = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}

@@ -16,14 +16,13 @@ from torch import nn
 
 from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError
 from lorax_async.formats.peft_names import (
-    SUFFIXES,
     TensorName,
-    TensorRole,
     compile_pattern,
     layer_index,
     parse_tensor_name,
     pattern_error,
 )
+from lorax_async.formats.tensor_kinds import SUFFIXES, TensorRole
 
 
 class Decoder(nn.Module):
@@ -54,6 +53,8 @@ EMBEDDING = [TensorName("embed_tokens", part, True) for part in (TensorRole.A, T
 BOTH = {"target_modules": ["q_proj", "embed_tokens"]}
 
 
+SAVED = (TensorRole.WEIGHT, TensorRole.OWN_BIAS)
+NORMS = [TensorName(f"layers.{n}.norm", part, None) for n in range(2) for part in SAVED]
 MAGNITUDES = [TensorName(path, TensorRole.MAGNITUDE, None) for path in [*QUERIES, "embed_tokens"]]
 
 
@@ -65,6 +66,11 @@ MAGNITUDES = [TensorName(path, TensorRole.MAGNITUDE, None) for path in [*QUERIES
         ({"lora_bias": True}, [TensorName(query, TensorRole.BIAS) for query in QUERIES]),
         (BOTH, EMBEDDING),
         ({**BOTH, "use_dora": True}, [*MAGNITUDES, *EMBEDDING]),
+        ({"modules_to_save": ["norm"]}, NORMS),
+        (
+            {"trainable_token_indices": [1, 2]},
+            [TensorName("embed_tokens", TensorRole.TOKENS, None)],
+        ),
     ],
 )
 def test_names_of_peft_that_are_applied(settings: dict[str, Any], more: list[TensorName]) -> None:
@@ -77,10 +83,7 @@ def test_names_of_peft_that_are_applied(settings: dict[str, Any], more: list[Ten
     ("settings", "feature"),
     [
         # Parameters of one module wrap each other; a single one looks like a plain linear.
-        ({"target_parameters": ["experts.up", "experts.down"]}, "target_parameters"),
-        ({"modules_to_save": ["norm"]}, "(bias or )?modules_to_save"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ({"bias": "all"}, "bias"),
+        ({"target_parameters": ["experts.up", "experts.down"]}, "target_parameters")
     ],
 )
 def test_tensors_peft_writes_for_other_features(settings: dict[str, Any], feature: str) -> None:
@@ -93,14 +96,11 @@ def test_tensors_peft_writes_for_other_features(settings: dict[str, Any], featur
 
 BASE = "base_model.model."
 REFUSED = {
-    "base's own weight.*save_embedding_layers=False": "lm_head.base_layer.weight"
-    " model.embed_tokens.base_layer.weight",
     "full copy of.*target_modules and modules_to_save": "classifier.base_layer.weight"
     " model.norm.base_layer.weight",
-    "resized vocabulary": "model.embed_tokens.weight lm_head.weight",
-    "modules_to_save": "score.weight",
+    "bias .a trained bias": "q.base_layer.bias",
     "target_parameters": "model.layers.0.mlp.experts.base_layer.lora_A.weight",
-    "trainable_token_indices": "model.embed_tokens.token_adapter.trainable_tokens_delta",
+    "trainable_token_indices": "model.embed_tokens.trainable_tokens_delta",
     "KaSA": "q.lora_diag",
     "VeLoRA": "q.lora_velora_embed",
     "MonteCLoRA": "q.lora_monteclora_sampler.log_prior",
@@ -171,7 +171,8 @@ def test_any_text_is_a_name_or_refused(text: str, suffix: str) -> None:
         assert len(str(error)) <= 1_000
     else:
         end = name.removeprefix(f"{BASE}{parsed.module}.")
-        assert SUFFIXES[end] == (parsed.part, parsed.embedding)
+        kind = SUFFIXES[end]
+        assert (kind.role, kind.embedding) == (parsed.part, parsed.embedding)
 
 
 MODULES = [

@@ -25,13 +25,14 @@ from lorax_async.errors import (
     InternalError,
     UnsupportedAdapterError,
 )
-from lorax_async.formats.peft_names import TensorRole
 from lorax_async.formats.spans import ByteSpan
+from lorax_async.formats.tensor_kinds import TensorRole
 from lorax_async.planning.layout import FusedPart as OutputPart
 from lorax_async.planning.layout import ModelLayout, Module, Parallelism
 from lorax_async.planning.sharding import shard_layout
 from lorax_async.planning.transfer_plan import (
     ConvertMove,
+    ExtraSlot,
     GroupPlan,
     ReadMove,
     StagingWindow,
@@ -211,7 +212,7 @@ def test_every_rank_has_its_rows_and_columns_of_every_tensor(
         made = plan(file, spec, layout, limits=LIMITS, cuts=sharding.cuts, **how)
         assert (made.dtype, made.rank, made.file_bytes) == (stored, rank, len(file))
         assert made.nbytes == sum(group.nbytes for group in made.groups)
-        assert made.has_vectors == (adapter.vector is not None)
+        assert made.has_extras == (adapter.vector is not None)
         layers = [group.layer for group in made.groups]
         assert layers == sorted(set(layers))
         expected = {
@@ -236,10 +237,10 @@ def test_every_rank_has_its_rows_and_columns_of_every_tensor(
                 assert not b[:, rank:].any()
                 if adapter.vector is None:
                     del expected[held.name]
-            for vector in group.vectors:
+            for vector in group.extras:
                 whole = expected.pop(sharding.held.modules[vector.module].name)[2]
                 assert vector.offset % ALIGNMENT == 0
-                assert (TORCH[vector.dtype], vector.length) == (whole.dtype, len(whole))
+                assert (TORCH[vector.dtype], vector.shape) == (whole.dtype, whole.shape)
                 assert vector.part is PARTS[adapter.vector or ""]
                 there = extent[vector.offset : vector.offset + vector.nbytes]
                 assert torch.equal(there.view(whole.dtype), whole)
@@ -275,9 +276,7 @@ def test_a_layer_with_magnitudes_is_one_read_where_nothing_is_cast() -> None:
     layout = ModelLayout((Module(Q, 16, 16, 0, COLUMN),), 1, "F32")
     [group] = plan(file, spec_of(DORA, 1), layout).groups
     assert group.reads == (ReadMove(len(file) - 192, 192, target=0),)
-    assert [tuple(vector) for vector in group.vectors] == [
-        (0, TensorRole.MAGNITUDE, 128, 16, "F32")
-    ]
+    assert group.extras == (ExtraSlot(0, TensorRole.MAGNITUDE, 128, (16,), "F32"),)
     assert (group.nbytes, group.converts) == (192, ())
 
 
@@ -336,7 +335,8 @@ ODD = torch.ones(5)
         (None, TWO_ODD, IncompatibleAdapterError, "layers.0.q .*layers.0.v .*2 modules in all"),
         (None, pair("model.layers.1.q", 8, 4), IncompatibleAdapterError, r"1.*2 tensors in all"),
         (None, pair("model.lm_head", 8, 9), IncompatibleAdapterError, "no such module"),
-        (None, [*GOOD, (f"{PREFIX}x.weight", A[1])], UnsupportedAdapterError, "x.weight"),
+        (None, [*GOOD, (f"{PREFIX}x.weight", A[1])], IncompatibleAdapterError, "x.weight"),
+        (None, [*GOOD, (f"{PREFIX}x.lora_C", A[1])], UnsupportedAdapterError, "x.lora_C"),
         # Vectors and the flags that announce them.
         (DORA, QP, AdapterFormatError, f"use_dora is set, and module '{Q}' has no magnitude"),
         (BIAS, QP, AdapterFormatError, f"lora_bias is set, and module '{Q}' has no bias"),
@@ -368,6 +368,42 @@ def test_what_does_not_fit_is_refused(
         plan(file_of(tensors), spec_of(vector, 16), LAYOUT)
     if vector is not None:
         assert ";" in str(caught.value)  # what is wrong; what to do
+
+
+CAUSAL = "LlamaForCausalLM"
+SERVED = replace(LAYOUT, architecture=CAUSAL)
+IMAGES = [*pair("model.language_model.layers.0.q", 8, 4), *pair("model.vision.layers.0.w", 3, 3)]
+SCORED = [*GOOD, *pair("score", 8, 2)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "tensors", "named"),
+    [
+        (
+            {"base_class": "LlamaAndEyes"},
+            IMAGES,
+            f"LlamaAndEyes, which has 'model.language_model.layers.0.q' where {CAUSAL} has '{Q}'",
+        ),
+        ({}, IMAGES, "another class of the same base, one that has 'model.language_model"),
+        (
+            {"task": "SEQ_CLS"},
+            SCORED,
+            f"LlamaForSequenceClassification, which has 'score', which {CAUSAL} does not have",
+        ),
+        # A deeper base, another width of it, and one of which no module is here.
+        ({}, [*GOOD, *pair("model.layers.7.q", 8, 4)], None),
+        ({}, pair("model.language_model.layers.7.q", 8, 4), None),
+        ({}, pair("transformer.h.0.attn", 8, 4), None),
+        ({}, pair("score", 8, 2), None),
+    ],
+)
+def test_names_of_another_class_of_the_base_name_that_class(
+    fields: dict[str, Any], tensors: list[Named], named: str | None
+) -> None:
+    with pytest.raises(IncompatibleAdapterError) as caught:
+        plan(file_of(tensors), replace(SPEC, **fields), SERVED)
+    assert ("another class" in str(caught.value)) == (named is not None)
+    assert (named or "") in str(caught.value)
 
 
 @pytest.mark.parametrize(

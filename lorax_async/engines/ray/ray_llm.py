@@ -142,7 +142,7 @@ def _read_base(llm_config: Any, check_finite: bool) -> BaseRequirements:
     """Return what the adapters of a replica have to fit. Blocks."""
     rank = int(llm_config.engine_kwargs.get("max_lora_rank", MAX_RANK))
     layout = _read_layout(llm_config)
-    return BaseRequirements(layout, rank, check_finite=check_finite, vectors=False)
+    return BaseRequirements(layout, rank, check_finite=check_finite, engine="vLLM")
 
 
 def _read_layout(llm_config: Any) -> ModelLayout | None:

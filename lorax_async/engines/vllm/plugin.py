@@ -167,6 +167,9 @@ class ServerPlugin:
                 read_layout(config.model_config),
                 config.lora_config.max_lora_rank,
                 check_finite=settings.check_finite,
+                engine="vLLM",
+                base=config.model_config.model,
+                base_copies=settings.base_copies,
             )
 
         served = ServedAdapters(settings, store, engine, models, read_base)
