@@ -222,7 +222,7 @@ async def test_a_folder_that_changes_while_sglang_reads_it_is_read_again(
 REFUSED: dict[str, tuple[Lora, str]] = {
     "rank": ({**ATTENTION, "r": 17}, "takes up to 16"),
     "pattern": ({**ATTENTION, "alpha_pattern": {"v_proj": 3}}, "one scale"),
-    "dora": ({**ATTENTION, "use_dora": True}, "neither DoRA"),
+    "dora": ({**ATTENTION, "use_dora": True}, "DoRA, which SGLang does not apply"),
     "key": ({**ATTENTION, "target_modules": ["k_proj"]}, "only together with 'q_proj'"),
     "up": ({**ATTENTION, "target_modules": ["up_proj"]}, "only together with 'gate_proj'"),
     "head": ({**ATTENTION, "target_modules": ["lm_head"]}, "what another adapter left there"),
