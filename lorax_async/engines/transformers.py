@@ -38,7 +38,7 @@ from lorax_async.engines.batch import (
     Rows,
 )
 from lorax_async.engines.layer_gate import LayerGate
-from lorax_async.errors import ConfigError, UsageError
+from lorax_async.errors import ConfigError, LoraxError, UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.layouts import is_conv1d, is_lookup
 from lorax_async.loader import AdapterLoader
@@ -319,8 +319,13 @@ class AttachedModel:
                 raise UsageError(
                     f"row {number}: {row!r} is another loader's; load it with this one"
                 )
-            self._require_local(row)
-            self._require_ties(row)
+            try:
+                self._require_local(row)
+                self._require_ties(row)
+            except UsageError:
+                raise
+            except LoraxError:
+                continue  # it has failed: the batch leaves it out, or raises the error
 
     def _require_ties(self, row: AdapterHandle) -> None:
         """Refuse trained tokens of a pair that is tied in the adapter's base and not in the model.

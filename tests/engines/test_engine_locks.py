@@ -102,7 +102,7 @@ class Handle:
     """As much of a handle as a gate and a batch ask for. Its slot is looked at for a while."""
 
     resident = is_verified = True
-    vectors = None
+    extras = None
 
     def __init__(self, slot: int, look: Callable[[], None], seen: list[str]) -> None:
         self._slot, self._look, self._seen = SlotId(slot, 1), look, seen

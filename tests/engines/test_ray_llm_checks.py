@@ -101,6 +101,17 @@ def save_whole_module(folder: Path) -> None:
     save_file(load_file(folder / WEIGHTS) | whole, folder / WEIGHTS)
 
 
+def save_magnitudes(folder: Path) -> None:
+    """As PEFT saves those of DoRA, one for each B."""
+    tensors = load_file(folder / WEIGHTS)
+    magnitudes = {
+        name.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(len(b))
+        for name, b in tensors.items()
+        if "lora_B" in name
+    }
+    save_file(tensors | magnitudes, folder / WEIGHTS)
+
+
 WRONG: dict[str, tuple[dict[str, Any], Callable[[Path], object], str, str]] = {
     "another base": ({"hidden": 48}, Path.exists, "IncompatibleAdapterError", "wrong shapes"),
     "missing layers": (
@@ -110,7 +121,12 @@ WRONG: dict[str, tuple[dict[str, Any], Callable[[Path], object], str, str]] = {
         "the base has no such module",
     ),
     "rank": ({"rank": 16}, Path.exists, "IncompatibleAdapterError", "its rank is 16"),
-    "DoRA": ({"use_dora": True}, Path.exists, "UnsupportedAdapterError", "neither DoRA"),
+    "DoRA": (
+        {"use_dora": True},
+        save_magnitudes,
+        "UnsupportedAdapterError",
+        "DoRA, which vLLM does not apply",
+    ),
     "modules_to_save": (
         {"modules_to_save": ["lm_head"]},
         save_whole_module,
