@@ -137,7 +137,7 @@ REFUSED: list[tuple[Any, Any, type[errors.LoraxError], str]] = [
     (_with("x.lora_A.weight", torch.ones(4, 3)), {}, errors.LoraxError, "x"),
     (_with(f"{LAYER}.lora_A.default.weight", torch.ones(4, 32)), {}, errors.UnsupportedAdapterError,
      "get_peft_model_state_dict"),
-    (_with("lm_head.weight", torch.ones(4, 32)), {}, errors.UnsupportedAdapterError, "vocabulary"),
+    (_with("lm_head.weight", torch.ones(4, 32)), {}, errors.IncompatibleAdapterError, "such module"),
     (_with(f"{LAYER}.lora_A.weight", torch.ones(4, 31)), {}, errors.IncompatibleAdapterError, "31"),
     (_with(f"{LAYER}.lora_A.weight", torch.ones(4, 32).double()), {}, errors.UnsupportedAdapterError,
      "float64; pass it as torch.float32, torch.float16, torch.bfloat16"),
