@@ -12,6 +12,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import Context
 from functools import partial
 from pathlib import Path
@@ -141,8 +142,10 @@ class ModelDownloader:
 def _read_base(llm_config: Any, check_finite: bool) -> BaseRequirements:
     """Return what the adapters of a replica have to fit. Blocks."""
     rank = int(llm_config.engine_kwargs.get("max_lora_rank", MAX_RANK))
-    layout = _read_layout(llm_config)
-    return BaseRequirements(layout, rank, check_finite=check_finite, engine="vLLM")
+    layout, base = _read_layout(llm_config), ""
+    with suppress(OSError, LoraxError):  # then its copies of the base's weights are refused
+        base = str(_base_folder(llm_config))
+    return BaseRequirements(layout, rank, check_finite=check_finite, engine="vLLM", base=base)
 
 
 def _read_layout(llm_config: Any) -> ModelLayout | None:

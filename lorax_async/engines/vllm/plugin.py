@@ -204,7 +204,14 @@ class ServerPlugin:
         except AttributeError:  # among the missing ones
             layout = None
         rank = getattr(getattr(config, "lora_config", None), "max_lora_rank", None)
-        base = BaseRequirements(layout, rank, check_finite=settings.check_finite)
+        base = BaseRequirements(
+            layout,
+            rank,
+            check_finite=settings.check_finite,
+            engine="vLLM",
+            base=getattr(config.model_config, "model", ""),
+            base_copies=settings.base_copies,
+        )
         RESOLVER.folders = CheckedFolders(settings, store, base)
         self._stack.callback(RESOLVER.folders.close)
 
