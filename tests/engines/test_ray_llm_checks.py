@@ -1,5 +1,6 @@
 """What Ray LLM's adapters are checked for before its engine gets them; `make ray` has the rest."""
 
+import asyncio
 import json
 import os
 import sys
@@ -173,6 +174,30 @@ async def test_an_adapter_of_the_base_is_handed_on(
     spoil(folder)
     allowed = downloader(folder, check_finite=False)
     assert (await allowed.load_model_from_config("base:a", llm_config)).local_path == str(folder)
+
+
+async def test_a_caller_that_leaves_does_not_end_what_others_wait_for(
+    llm_config: Any, stores: list[AdapterStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, enter = tiny.write(tmp_path / "a", rank=8), AdapterStore.__aenter__
+    opening, may_open = asyncio.Event(), asyncio.Event()
+
+    async def open_late(store: AdapterStore) -> AdapterStore:
+        opening.set()
+        await may_open.wait()
+        return await enter(store)
+
+    monkeypatch.setattr(AdapterStore, "__aenter__", open_late)
+    loads = downloader(folder)
+    first = asyncio.create_task(loads.load_model_from_config("base:a", llm_config))
+    await opening.wait()
+    first.cancel()
+    await asyncio.wait([first])
+    second = asyncio.create_task(loads.load_model_from_config("base:a", llm_config))
+    may_open.set()
+    assert (await second).local_path == str(folder)
+    assert first.cancelled()
+    assert len(stores) == 1
 
 
 @pytest.mark.usefixtures("hub_client")

@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def test_openais_client_gets_adapters_from_ray_llms_server(
         path, number = json.loads(answer.choices[0].text)
         return path, number
 
-    with pytest.raises(openai.APITimeoutError):  # the store opens meanwhile, for others too
+    with suppress(openai.APITimeoutError):  # while the store opens, unless that is quick
         client.with_options(timeout=0.2).completions.create(model="base:a000", prompt="x")
     with ThreadPoolExecutor(6) as threads:
         answers = list(threads.map(ask, ["a000", "a001"] * 3))

@@ -23,7 +23,9 @@ PEFT = {"r": 8, "lora_alpha": 64}
 
 
 @pytest.mark.parametrize("client", [""], indirect=True)
-def test_openais_client_gets_pefts_text_from_replicas(client: Any, tmp_path: Path) -> None:
+def test_openais_client_gets_pefts_text_from_replicas(
+    client: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     import openai
     from ray import serve
 
@@ -52,6 +54,7 @@ def test_openais_client_gets_pefts_text_from_replicas(client: Any, tmp_path: Pat
         ray_actor_options={"num_cpus": 0},
     )
     serve.run(app, name="server", route_prefix="/")
+    request.addfinalizer(lambda: serve.delete("server"))  # others have this prefix, too
     assert len({text[:16] for text in expected.values()}) == 3
     asked: dict[str, Any] = {"prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
     for name, text in [*expected.items()] * 2:
