@@ -1,10 +1,9 @@
-"""What arriving adapters cost the others in vLLM's server, by each way in which it gets them.
+"""What an arriving adapter costs the others in vLLM's server, without and with the plug-in.
 
-Another request streams while a 78 MB adapter comes from a hub at 8 MB/s per connection, and while
-four do at once: the longest gap between two tokens, against a calm run just before; the time until
-each adapter has answered; and the time on the engine's loop. The ways: a hub's id as `lora_path`,
-vLLM's own hub resolver, and the plug-in. SmolLM2 in bf16 on vLLM's CPU build, one thread. The
-engine and its workers have a core; the API server, the origin and the client another.
+Another request streams while a 78 MB adapter comes from a hub at 8 MB/s per connection: the
+longest gap between two tokens, against a calm run just before; and the time on the engine's loop.
+SmolLM2 in bf16 on vLLM's CPU build, one thread. The engine and its workers have a core; the API
+server, the origin and the client another.
 
     python benchmarks/bench_vllm.py --vllm .venv-vllm/bin/python --plot gaps.png
 """
@@ -17,11 +16,10 @@ import os
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from bench_options import RESULTS
 from link import Link, hub_files
@@ -31,9 +29,7 @@ from vllm_stage import Arrival, VllmServer, require_vllm, watch_arrival, write_a
 CORES = sorted(os.sched_getaffinity(0))
 COMMIT = "c" * 40
 RATE, DELAY = 8e6, 0.01
-OWN, RESOLVER, PLUGIN = "vLLM, hub id in lora_path", "vLLM, its hub resolver", "with lorax_async"
-WAYS = (OWN, RESOLVER, PLUGIN)
-BURST = 4
+OWN, PLUGIN = "vLLM", "with lorax_async"
 TARGET_GAP, TARGET_LOOP = 1.5, 1.2
 
 
@@ -44,7 +40,6 @@ class Row:
     name: str
     arrivals: list[Arrival]
     loops: list[dict[str, float]]
-    burst: Arrival
 
     @property
     def gap_ratio(self) -> float:
@@ -58,9 +53,6 @@ class Row:
         return {
             "server": self.name,
             "rounds": len(self.arrivals),
-            "burst_gap_ms": round(1e3 * self.burst.busy_gap, 1),
-            "burst_calm_gap_ms": round(1e3 * self.burst.calm_gap, 1),
-            "burst_s": round(self.burst.seconds, 3),
             "arrival_s": round(statistics.median(a.seconds for a in self.arrivals), 3),
             "calm_gap_ms": round(1e3 * statistics.median(a.calm_gap for a in self.arrivals), 1),
             "longest_gap_ms": round(1e3 * statistics.median(a.busy_gap for a in self.arrivals), 1),
@@ -72,55 +64,42 @@ class Row:
 
 
 def measure(vllm: Path, name: str, work: Path, repos: Mapping[str, Mapping[str, Path]]) -> Row:
-    """Start a server; let one adapter after the other arrive, then the last four at once."""
+    """Start a server, and let the adapter arrive from each repository once."""
     plugin = name == PLUGIN
     arrivals, loops = [], []
     files = {name: path for named in repos.values() for name, path in named.items()}
     with Link(files, rate=RATE, delay=DELAY, commit=COMMIT) as hub:
         environment = {
             "HF_ENDPOINT": hub.url("")[:-1],
-            "HF_HOME": str(work / f"hub-{WAYS.index(name)}"),
+            "HF_HOME": str(work / f"hub-{plugin}"),
             "VLLM_SERVER_DEV_MODE": "1",  # for collective_rpc
             "LORAX_ASYNC_SOURCES": "hub",
             "LORAX_ASYNC_CACHE_DIR": str(work / "cache"),
         }
-        if name == RESOLVER:
-            environment["VLLM_PLUGINS"] = "lora_hf_hub_resolver"
-            environment["VLLM_LORA_RESOLVER_HF_REPO_LIST"] = ",".join(repos)
         server = VllmServer(
             vllm,
             prepare_base(),
-            work / f"{WAYS.index(name)}.log",
+            work / f"{plugin}.log",
             plugin=plugin,
             environment=environment,
             extension="vllm_timing.TimedExtension" if plugin else "vllm_timing.LoopTimes",
         )
-
-        def answer(repo: str) -> None:
-            """Name the adapter where that is asked for, and let it answer with a token."""
-            if name != RESOLVER:
-                loaded = server.post("/v1/load_lora_adapter", lora_name=repo, lora_path=repo)
-                assert loaded.status == 200, loaded.body
-            reply = server.chat(repo, tokens=1)
-            assert reply.status == 200, reply.body
-
         with server:
             pin(server, hub)
             _loop_times(server)
-            one_by_one, at_once = list(repos)[:-BURST], list(repos)[-BURST:]
-            # Long enough for the other request to outlast the download.
-            tokens = 120 if plugin else 200
-            for repo in one_by_one:
-                arrivals.append(watch_arrival(server, partial(answer, repo), tokens=tokens))
+            for repo in repos:
+                body = {"lora_name": repo, "lora_path": repo}
+                calls: list[Any] = []
+
+                def load(body: dict[str, str] = body, calls: list[Any] = calls) -> None:
+                    calls.append(server.post("/v1/load_lora_adapter", **body))
+
+                # Long enough for the other request to outlast the download.
+                arrivals.append(watch_arrival(server, load, tokens=120 if plugin else 160))
                 loops.append(_loop_times(server))
-            with ThreadPoolExecutor(BURST) as threads:
-
-                def answer_all() -> None:
-                    list(threads.map(answer, at_once))
-
-                burst = watch_arrival(server, answer_all, tokens=2 * tokens)
+                assert calls[0].status == 200, calls[0].body
     os.sched_setaffinity(0, CORES)  # for the next server
-    return Row(name, arrivals, loops, burst)
+    return Row(name, arrivals, loops)
 
 
 def _loop_times(server: VllmServer) -> dict[str, float]:
@@ -140,7 +119,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the gaps of the first arrival over time."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 2.25 * len(rows)))
+    figure = Figure(figsize=(9, 4.5))
     axes = figure.subplots(len(rows), 1, sharex=True, sharey=True)
     for axis, row in zip(axes, rows, strict=True):
         arrival = row.arrivals[0]
@@ -171,9 +150,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-vllm-") as folder:
         work = Path(folder)
         adapter = write_adapter(work / "huge", rank=128, seed=7)
-        names = [f"org/huge-{number}" for number in range(options.rounds + BURST)]
+        names = [f"org/huge-{number}" for number in range(options.rounds)]
         repos = {name: hub_files(name, COMMIT, adapter, work) for name in names}
-        rows = [measure(options.vllm, name, work, repos) for name in WAYS]
+        rows = [measure(options.vllm, name, work, repos) for name in (OWN, PLUGIN)]
     options.json.parent.mkdir(parents=True, exist_ok=True)
     with options.json.open("a") as file:
         for row in rows:
