@@ -145,7 +145,7 @@ class LinkModel:
         """
         self._advance(now)
         is_first, reception.is_first = reception.is_first, False
-        seconds, together = self._since(reception)
+        seconds, together = self._take_elapsed(reception)
         if is_first and seconds < _AT_ONCE:
             return False
         return self._count(nbytes, seconds, together)
@@ -157,7 +157,7 @@ class LinkModel:
         if not self._receptions:
             self._count_burst()
 
-    def _since(self, reception: Reception) -> tuple[float, float]:
+    def _take_elapsed(self, reception: Reception) -> tuple[float, float]:
         """Return the seconds since its last bytes, of this and of all connections; begin anew."""
         seconds = self._at - reception.at
         together = self._connection_seconds - reception.connection_seconds
@@ -242,7 +242,7 @@ class LinkModel:
             return False
         for reception in self._receptions:
             if self._at - reception.at > _SILENT:
-                self._seconds += self._since(reception)[0]
+                self._seconds += self._take_elapsed(reception)[0]
         rate = self._all_bytes / self._seconds
         self._flow, self._known = rate * self._flowed / elapsed, None
         if not self._is_burst or self._shape or self._paused <= _IDLE * elapsed:
@@ -259,7 +259,7 @@ class LinkModel:
     def _compare(self, average: float, rate: float) -> None:
         """Record the rate of a window, in which `average` connections received.
 
-        If that number is far enough from the one of the window before, the two rates tell what a
+        If that number is far enough from the one of the latest windows, the two rates tell what a
         doubling adds, from nothing to the same rate again. That then holds for the rounded numbers.
         """
         number = 2 ** max(0, round(log2(average)))

@@ -11,10 +11,9 @@ import peft_adapters as variants
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_adapters import llama, logits_of, prompt, serving
+from peft_adapters import PLAIN, llama, logits_of, prompt, serving
 
 pytestmark = [pytest.mark.filterwarnings(variants.FEATURE_WARNINGS)]
-PLAIN: Any = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 KINDS: dict[str, Any] = {
     "plain": PLAIN,
     "dora": {**PLAIN, "use_dora": True},

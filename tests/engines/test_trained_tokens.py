@@ -1,7 +1,6 @@
 """Trained tokens (trainable_token_indices): rows of the embedding, and logits of a tied head."""
 
 import asyncio
-from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ import pytest
 import torch
 import transformers
 from event_loops import until
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft_adapters import llama, logits_of, serving
+from peft import LoraConfig, get_peft_model
+from peft_adapters import PLAIN, WEIGHTS, llama, logits_by_row, logits_of, pefts, serving
 from safetensors.torch import load_file, save_file
 
 from lorax_async import (
@@ -34,8 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings(variants.FEATURE_WARNINGS),
     pytest.mark.filterwarnings("ignore:.*ensure_weight_tying"),
 ]
-WEIGHTS = "adapter_model.safetensors"
-PLAIN: Any = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 SOME = [5, 2, 63]
 IDS = {"input_ids": torch.tensor([[2, 3, 5, 63], [5, 5, 2, 7], [9, 2, 63, 1], [5, 6, 7, 8]])}
 ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
@@ -74,20 +71,6 @@ def save(make: Any, tokens: Any, folder: Path, seed: int = 1, **more: Any) -> Pa
     return folder
 
 
-def theirs(make: Any, adapter: Path, inputs: Any) -> torch.Tensor:
-    return logits_of(PeftModel.from_pretrained(make(), adapter).eval(), inputs)
-
-
-async def ours(make: Any, adapters: list[Path | None], inputs: Any, **more: Any) -> torch.Tensor:
-    model = make()
-    async with serving(model, **more) as (loader, attached), AsyncExitStack() as stack:
-        loads = {it: await loader.load(it) for it in dict.fromkeys(adapters) if it is not None}
-        for handle in loads.values():
-            stack.enter_context(handle)
-        with attached.batch([None if it is None else loads[it] for it in adapters]):
-            return await asyncio.to_thread(logits_of, model, inputs)
-
-
 def near(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=5e-6, rtol=5e-6)
 
@@ -97,8 +80,8 @@ async def test_alone_it_is_pefts(name: str, tmp_path: Path) -> None:
     """The same bits but for a head's logits of these tokens, which are a product of their own."""
     make, tokens = CASES[name]
     adapter = save(make, tokens, tmp_path)
-    expected = theirs(make, adapter, IDS)
-    found = await ours(make, [adapter] * 4, IDS)
+    expected = pefts(make(), adapter, IDS)
+    found = await logits_by_row(make(), [adapter] * 4, IDS)
     columns = [n for n in range(64) if n not in {*SOME, 1, 4}]
     assert torch.equal(found[..., columns], expected[..., columns])
     near(found, expected)
@@ -120,17 +103,17 @@ async def test_in_a_mixed_batch_each_row_is_as_alone(
         save(make, [5, 8], tmp_path / "two", seed=2),
         plain,
     ]
-    mixed = await ours(make, folders, IDS, device=device)
+    mixed = await logits_by_row(make(), folders, IDS, device=device)
     for row, folder in enumerate(folders):
         part = {"input_ids": IDS["input_ids"][row : row + 1]}
-        expected = logits_of(make(), part) if folder is None else theirs(make, folder, part)
+        expected = logits_of(make(), part) if folder is None else pefts(make(), folder, part)
         near(mixed[row : row + 1], expected)
 
 
 async def test_it_is_streamed_evicted_and_loaded_again(tmp_path: Path) -> None:
     adapter = save(tied, SOME, tmp_path / "one")
     other = save(tied, [3, 5], tmp_path / "two", seed=2)
-    expected = {it: theirs(tied, it, IDS) for it in (adapter, other)}
+    expected = {it: pefts(tied(), it, IDS) for it in (adapter, other)}
     source, model, computed = FakeSource(), tied(), list[int]()
     for name, folder in (("one", adapter), ("two", other)):
         content = [(folder / file).read_bytes() for file in ("adapter_config.json", WEIGHTS)]
@@ -210,7 +193,7 @@ async def test_a_pair_that_is_not_tied_here_and_a_head_changed_twice_are_refused
 ) -> None:
     both = save(tied, {"embed_tokens": SOME, "lm_head": SOME}, tmp_path / "both")
     with pytest.raises(UsageError, match="of a tied head, and the model's is not tied"):
-        await ours(llama, [both] * 4, IDS)
+        await logits_by_row(llama(), [both] * 4, IDS)
     config, tensors = _edited(save(tied, SOME, tmp_path / "head"))
     for part, shape in (("A", (4, 32)), ("B", (64, 4))):
         tensors[f"base_model.model.lm_head.lora_{part}.weight"] = torch.ones(shape)

@@ -5,8 +5,8 @@ The reference is PEFT's active model in float32: the same bits alone, and near t
 
 import asyncio
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,17 @@ import torch
 import transformers
 from event_loops import until
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_adapters import llama, logits_of, prompt, serving
+from peft_adapters import (
+    PLAIN,
+    WEIGHTS,
+    Lora,
+    llama,
+    logits_by_row,
+    logits_of,
+    pefts,
+    prompt,
+    serving,
+)
 from safetensors.torch import load_file, save_file
 
 from lorax_async import (
@@ -38,8 +48,6 @@ pytestmark = [
     pytest.mark.filterwarnings(variants.FEATURE_WARNINGS),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
 ]
-WEIGHTS = "adapter_model.safetensors"
-PLAIN: Any = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 
 
 def build(config: Any, make: Any) -> Any:
@@ -101,8 +109,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 QUICK = ["head", "embedding and head", "tied embedding", "norms", "gemma", "score"]
 
 
-@contextmanager
-def trained(model: Any, lora: dict[str, Any], seed: int) -> Iterator[Any]:
+def trained(model: Any, lora: Lora, seed: int) -> Any:
     """Wrap the model in a new PeftModel of which everything that PEFT saves is random."""
     config = LoraConfig(**copy.deepcopy(lora))
     peft: Any = get_peft_model(model, config)
@@ -113,35 +120,18 @@ def trained(model: Any, lora: dict[str, Any], seed: int) -> Iterator[Any]:
                 weight.normal_(0, 0.04, generator=random)
             elif ".modules_to_save." in name:
                 weight.add_(torch.empty_like(weight).normal_(0, 0.3, generator=random))
-    yield peft
+    return peft
 
 
 def save(
-    make: Callable[[], Any], lora: dict[str, Any], folder: Path, dtype: Any = None, seed: int = 1
+    make: Callable[[], Any], lora: Lora, folder: Path, dtype: Any = None, seed: int = 1
 ) -> Path:
-    with trained(make(), lora, seed) as peft:
-        peft.save_pretrained(folder)
+    trained(make(), lora, seed).save_pretrained(folder)
     if dtype is not None:
         file = folder / WEIGHTS
         cast = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
         save_file(cast, file, metadata={"format": "pt"})
     return folder
-
-
-def theirs(make: Callable[[], Any], adapter: Path, inputs: Any) -> torch.Tensor:
-    return logits_of(PeftModel.from_pretrained(make(), adapter).eval(), inputs)
-
-
-async def ours(
-    make: Callable[[], Any], adapters: list[Path | None], inputs: Any, **settings: Any
-) -> torch.Tensor:
-    model = make()
-    async with serving(model, **settings) as (loader, attached), AsyncExitStack() as stack:
-        loads = {it: await loader.load(it) for it in dict.fromkeys(adapters) if it is not None}
-        for handle in loads.values():
-            stack.enter_context(handle)
-        with attached.batch([None if it is None else loads[it] for it in adapters]):
-            return await asyncio.to_thread(logits_of, model, inputs)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -150,8 +140,8 @@ async def test_alone_it_has_pefts_bits(name: str, dtype: Any, tmp_path: Path) ->
     make, lora = CASES[name]
     adapter = save(make, lora, tmp_path, dtype)
     inputs = prompt(2)
-    expected = theirs(make, adapter, inputs)
-    assert torch.equal(await ours(make, [adapter] * 2, inputs), expected)
+    expected = pefts(make(), adapter, inputs)
+    assert torch.equal(await logits_by_row(make(), [adapter] * 2, inputs), expected)
     bare = dict(lora, modules_to_save=None)
     saved = [it for it in load_file(adapter / WEIGHTS) if ".lora_" not in it]
     assert saved
@@ -173,11 +163,11 @@ async def test_in_a_mixed_batch_each_row_is_as_alone(
     ]
     rows = [0, 1, 2, 3, 0, 3]
     inputs = prompt(len(rows))
-    mixed = await ours(make, [folders[row] for row in rows], inputs, device=device)
+    mixed = await logits_by_row(make(), [folders[row] for row in rows], inputs, device=device)
     for folder in folders:
         own = [n for n, row in enumerate(rows) if folders[row] == folder]
         part = {key: value[own] for key, value in inputs.items()}
-        expected = logits_of(make(), part) if folder is None else theirs(make, folder, part)
+        expected = logits_of(make(), part) if folder is None else pefts(make(), folder, part)
         torch.testing.assert_close(mixed[own], expected, atol=2e-6, rtol=2e-6)
     assert len({tuple(row.flatten().tolist()) for row in mixed}) == len(rows)
 
@@ -186,7 +176,7 @@ async def test_it_is_streamed_evicted_and_loaded_again(tmp_path: Path) -> None:
     """The head comes last: the layers are computed before it is here."""
     adapter = save(llama, CASES["embedding and head"][1], tmp_path / "whole")
     other = save(llama, CASES["head"][1], tmp_path / "other", seed=2)
-    expected = {it: theirs(llama, it, prompt(1)) for it in (adapter, other)}
+    expected = {it: pefts(llama(), it, prompt(1)) for it in (adapter, other)}
     source, model, computed = FakeSource(), llama(), list[int]()
     for name, folder in (("whole", adapter), ("other", other)):
         content = [(folder / file).read_bytes() for file in ("adapter_config.json", WEIGHTS)]
@@ -298,17 +288,17 @@ async def test_capped_logits_of_two_widths_do_not_share_a_batch(tmp_path: Path) 
 
     adapter = save(grown, GROWN, tmp_path)
     assert torch.equal(
-        await ours(gemma, [adapter] * 2, prompt(2)), theirs(grown, adapter, prompt(2))
+        await logits_by_row(gemma(), [adapter] * 2, prompt(2)), pefts(grown(), adapter, prompt(2))
     )
     with pytest.raises(UsageError, match="caps its logits"):
-        await ours(gemma, [adapter, None], prompt(2))
+        await logits_by_row(gemma(), [adapter, None], prompt(2))
 
 
 async def test_an_id_that_the_base_does_not_know_is_an_error_in_its_own_row(tmp_path: Path) -> None:
     adapter = save(lambda: llama(vocab_size=70), GROWN, tmp_path)
     inputs = {"input_ids": torch.tensor([[3, 4], [65, 5]])}
     with pytest.raises(IndexError):
-        await ours(llama, [adapter, None], inputs)
+        await logits_by_row(llama(), [adapter, None], inputs)
 
 
 def change(folder: Path, make: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -381,7 +371,7 @@ async def test_a_model_without_that_bias_refuses_the_adapter(tmp_path: Path) -> 
     adapter = save(llama, CASES["head"][1], tmp_path)
     change(adapter, lambda it: it.update({f"{BASE}lm_head.bias": torch.ones(64)}))
     with pytest.raises(UsageError, match="replaces the bias of module 'lm_head', and the model's"):
-        await ours(llama, [adapter], prompt(1))
+        await logits_by_row(llama(), [adapter], prompt(1))
 
 
 async def test_nan_in_a_whole_module_is_refused(tmp_path: Path) -> None:

@@ -167,14 +167,18 @@ async def test_changes_during_a_write_are_written(tmp_path: Path, path: Path, di
         await until(lambda: named(path) == ["one", "two"])
 
 
+async def leave_while_it_writes(path: Path, there: Any, disk: Disk) -> asyncio.Task[object]:
+    keeping = kept(path, there, pause=0)
+    record_use = await keeping.__aenter__()
+    disk.free.clear()
+    await use(there, record_use, "one")
+    await until(lambda: disk.begun > disk.ended)
+    return asyncio.create_task(keeping.__aexit__(None, None, None))
+
+
 async def test_leaving_waits_for_what_is_written(tmp_path: Path, path: Path, disk: Disk) -> None:
     async with over(make_source(tmp_path, "one")) as there:
-        keeping = kept(path, there, pause=0)
-        record_use = await keeping.__aenter__()
-        disk.free.clear()
-        await use(there, record_use, "one")
-        await until(lambda: disk.begun > disk.ended)
-        leaving = asyncio.create_task(keeping.__aexit__(None, None, None))
+        leaving = await leave_while_it_writes(path, there, disk)
         await asyncio.sleep(0.05)
         assert not leaving.done()
         disk.free.set()
@@ -189,12 +193,7 @@ async def test_leaving_waits_for_what_is_written(tmp_path: Path, path: Path, dis
 
 async def test_leaving_is_cancelled_but_not_a_write(tmp_path: Path, path: Path, disk: Disk) -> None:
     async with over(make_source(tmp_path, "one")) as there:
-        keeping = kept(path, there, pause=0)
-        record_use = await keeping.__aenter__()
-        disk.free.clear()
-        await use(there, record_use, "one")
-        await until(lambda: disk.begun > disk.ended)
-        leaving = asyncio.create_task(keeping.__aexit__(None, None, None))
+        leaving = await leave_while_it_writes(path, there, disk)
         await asyncio.sleep(0)
         leaving.cancel()
         await asyncio.wait([leaving])

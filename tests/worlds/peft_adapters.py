@@ -2,8 +2,8 @@
 
 import asyncio
 import copy
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from lorax_async.testing import FakeSource
 Lora = Mapping[str, Any]
 Inputs = Mapping[str, torch.Tensor]
 MiB = 1 << 20
+WEIGHTS = "adapter_model.safetensors"
+PLAIN: Lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 PEFT_WARNING = r"ignore:The `is_gradient_checkpointing` attribute:FutureWarning"
 # Wrapping a model makes peft 0.21 ask transformers 5.23 in a way that transformers deprecates.
 FEATURE_WARNINGS = r"ignore:.*(lora_bias=True|tie_word_embeddings=True|have invalid shape)"
@@ -180,6 +182,18 @@ async def logits_with(model: Any, adapter: Path, inputs: Inputs) -> torch.Tensor
     rows = len(inputs["input_ids"])
     async with adapted(model, adapter) as (attached, handle):
         with attached.batch([handle] * rows):
+            return await asyncio.to_thread(logits_of, model, inputs)
+
+
+async def logits_by_row(
+    model: Any, adapters: Sequence[Path | None], inputs: Inputs, **settings: Any
+) -> torch.Tensor:
+    """Return the logits of a batch with an adapter, or the base, in each row."""
+    async with serving(model, **settings) as (loader, attached), AsyncExitStack() as stack:
+        loads = {it: await loader.load(it) for it in dict.fromkeys(adapters) if it is not None}
+        for handle in loads.values():
+            stack.enter_context(handle)
+        with attached.batch([None if it is None else loads[it] for it in adapters]):
             return await asyncio.to_thread(logits_of, model, inputs)
 
 
