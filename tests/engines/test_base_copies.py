@@ -8,8 +8,17 @@ import peft_adapters as variants
 import pytest
 import torch
 from event_loops import until
-from peft_adapters import llama, logits_of, logits_with, pefts, prompt, serving
-from safetensors.torch import load_file, save_file
+from peft_adapters import (
+    WEIGHTS,
+    llama,
+    logits_of,
+    logits_with,
+    pefts,
+    prompt,
+    read_weights,
+    serving,
+)
+from safetensors.torch import save_file
 
 from lorax_async import (
     AdapterLoader,
@@ -24,7 +33,6 @@ from lorax_async.engines.plugin_settings import BaseRequirements
 from lorax_async.testing import FakeSource
 
 pytestmark = [pytest.mark.filterwarnings(variants.FEATURE_WARNINGS)]
-WEIGHTS = "adapter_model.safetensors"
 HEAD, TOKENS = ["lm_head", "q_proj"], ["embed_tokens", "lm_head", "v_proj"]
 COPY = "base_model.model.lm_head.base_layer.weight"
 
@@ -39,7 +47,7 @@ def save(model: Any, targets: list[str], folder: Path, **lora: Any) -> Path:
 
 
 def change(folder: Path, name: str, make: Any) -> Path:
-    tensors = load_file(folder / WEIGHTS)
+    tensors = read_weights(folder)
     tensors[name] = make(tensors[name])
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return folder
@@ -52,7 +60,7 @@ async def test_it_is_applied_as_peft_applies_it(
 ) -> None:
     base = {"tie_word_embeddings": tied}
     adapter = save(llama(**base), targets, tmp_path)
-    copies = [name for name in load_file(adapter / WEIGHTS) if "base_layer" in name]
+    copies = [name for name in read_weights(adapter) if "base_layer" in name]
     assert len(copies) == len(targets) - 1
     expected = pefts(llama(**base), adapter, prompt(2))
     assert torch.equal(await logits_with(llama(**base), adapter, prompt(2)), expected)

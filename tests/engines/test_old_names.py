@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_adapters import logits_of, serving
-from safetensors.torch import load_file, save_file
+from peft_adapters import WEIGHTS, logits_of, read_weights, serving
+from safetensors.torch import save_file
 
 from lorax_async import IncompatibleAdapterError
 
@@ -18,7 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings(variants.FEATURE_WARNINGS),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
 ]
-WEIGHTS = "adapter_model.safetensors"
 TEXT: dict[str, Any] = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 40}
 EYE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -49,7 +48,7 @@ def save(model_type: str, folder: Path, rename: Any, targets: Any = TEXT_ONLY) -
         if ".lora_" in name:
             weight.data.normal_(0, 0.2, generator=random)
     peft.save_pretrained(folder, save_embedding_layers=False)
-    tensors = {rename(name): it for name, it in load_file(folder / WEIGHTS).items()}
+    tensors = {rename(name): it for name, it in read_weights(folder).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return folder
 

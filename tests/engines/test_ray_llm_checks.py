@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from fastapi import HTTPException
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from lorax_async import AdapterStore, StoreConfig
 from lorax_async.engines.ray.ray_llm import model_downloader
@@ -88,7 +88,7 @@ def tear(folder: Path) -> None:
 
 
 def spoil(folder: Path) -> None:
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load((folder / WEIGHTS).read_bytes())
     next(iter(tensors.values())).view(-1)[3] = torch.nan
     save_file(tensors, folder / WEIGHTS)
 
@@ -99,12 +99,12 @@ def break_config(folder: Path) -> None:
 
 def save_whole_module(folder: Path) -> None:
     whole = {"base_model.model.lm_head.weight": torch.ones(16, tiny.HIDDEN)}
-    save_file(load_file(folder / WEIGHTS) | whole, folder / WEIGHTS)
+    save_file(load((folder / WEIGHTS).read_bytes()) | whole, folder / WEIGHTS)
 
 
 def save_magnitudes(folder: Path) -> None:
     """As PEFT saves those of DoRA, one for each B."""
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load((folder / WEIGHTS).read_bytes())
     magnitudes = {
         name.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(len(b))
         for name, b in tensors.items()

@@ -11,8 +11,17 @@ import torch
 import transformers
 from event_loops import until
 from peft import LoraConfig, get_peft_model
-from peft_adapters import PLAIN, WEIGHTS, llama, logits_by_row, logits_of, pefts, serving
-from safetensors.torch import load_file, save_file
+from peft_adapters import (
+    PLAIN,
+    WEIGHTS,
+    llama,
+    logits_by_row,
+    logits_of,
+    pefts,
+    read_weights,
+    serving,
+)
+from safetensors.torch import save_file
 
 from lorax_async import (
     AdapterFormatError,
@@ -139,7 +148,7 @@ async def test_it_is_streamed_evicted_and_loaded_again(tmp_path: Path) -> None:
 
 async def test_handles_have_the_rows_and_engines_refuse_them(tmp_path: Path) -> None:
     adapter = save(llama, SOME, tmp_path)
-    rows = load_file(adapter / WEIGHTS)[ROWS]
+    rows = read_weights(adapter)[ROWS]
     layout = layouts.from_module(llama())
     async with serving(llama()) as (loader, _), await loader.load(adapter) as handle:
         found: Any = handle.modules["model.embed_tokens"]
@@ -185,7 +194,7 @@ async def test_config_rows_and_base_belong_together(
 
 def _edited(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     config: dict[str, Any] = LoraConfig.from_pretrained(str(folder)).to_dict()
-    return config, load_file(folder / WEIGHTS)
+    return config, read_weights(folder)
 
 
 async def test_a_pair_that_is_not_tied_here_and_a_head_changed_twice_are_refused(
@@ -207,7 +216,7 @@ async def test_a_pair_that_is_not_tied_here_and_a_head_changed_twice_are_refused
 
 async def test_nan_in_trained_tokens_is_refused(tmp_path: Path) -> None:
     adapter = save(llama, SOME, tmp_path)
-    tensors = load_file(adapter / WEIGHTS)
+    tensors = read_weights(adapter)
     tensors[ROWS][1, 3] = torch.inf
     save_file(tensors, adapter / WEIGHTS)
     async with serving(llama()) as (loader, _):

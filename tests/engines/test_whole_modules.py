@@ -25,9 +25,10 @@ from peft_adapters import (
     logits_of,
     pefts,
     prompt,
+    read_weights,
     serving,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lorax_async import (
     AdapterFormatError,
@@ -129,7 +130,7 @@ def save(
     trained(make(), lora, seed).save_pretrained(folder)
     if dtype is not None:
         file = folder / WEIGHTS
-        cast = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+        cast = {name: tensor.to(dtype) for name, tensor in read_weights(folder).items()}
         save_file(cast, file, metadata={"format": "pt"})
     return folder
 
@@ -143,7 +144,7 @@ async def test_alone_it_has_pefts_bits(name: str, dtype: Any, tmp_path: Path) ->
     expected = pefts(make(), adapter, inputs)
     assert torch.equal(await logits_by_row(make(), [adapter] * 2, inputs), expected)
     bare = dict(lora, modules_to_save=None)
-    saved = [it for it in load_file(adapter / WEIGHTS) if ".lora_" not in it]
+    saved = [it for it in read_weights(adapter) if ".lora_" not in it]
     assert saved
     assert not torch.allclose(expected, logits_of(make(), inputs), atol=1e-2), bare
 
@@ -218,7 +219,7 @@ async def test_generation_is_pefts(tmp_path: Path) -> None:
 
 async def test_handles_have_the_modules(tmp_path: Path) -> None:
     adapter = save(bert, CASES["bert"][1], tmp_path)
-    file = load_file(adapter / WEIGHTS)
+    file = read_weights(adapter)
     async with serving(bert()) as (loader, _), await loader.load(adapter) as handle:
         names = {name for name, it in handle.modules.items() if isinstance(it, WholeModule)}
         assert names == {"bert.pooler.dense", "classifier"}
@@ -302,7 +303,7 @@ async def test_an_id_that_the_base_does_not_know_is_an_error_in_its_own_row(tmp_
 
 
 def change(folder: Path, make: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    tensors = load_file(folder / WEIGHTS)
+    tensors = read_weights(folder)
     make(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return folder
@@ -401,7 +402,7 @@ async def test_engines_that_cannot_apply_it_refuse_it_by_name(tmp_path: Path) ->
 async def test_a_rank_holds_its_share(rank: int, tmp_path: Path) -> None:
     lora = {**PLAIN, "modules_to_save": ["lm_head", "norm", "down_proj", "embed_tokens"]}
     adapter = save(llama, lora, tmp_path)
-    file = load_file(adapter / WEIGHTS)
+    file = read_weights(adapter)
     config = LoaderConfig(device_bytes=1 << 20, shard=Shard(rank, 2))
     down = "model.layers.1.mlp.down_proj"
     loader = AdapterLoader(layouts.from_module(llama()), config)

@@ -11,7 +11,7 @@ from zlib import crc32
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorax_async import layouts
@@ -183,6 +183,11 @@ async def logits_with(model: Any, adapter: Path, inputs: Inputs) -> torch.Tensor
     async with adapted(model, adapter) as (attached, handle):
         with attached.batch([handle] * rows):
             return await asyncio.to_thread(logits_of, model, inputs)
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Read an adapter's tensors without a map of the file, which an error's frames would keep."""
+    return load((folder / WEIGHTS).read_bytes())
 
 
 async def logits_by_row(
