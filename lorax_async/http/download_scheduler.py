@@ -485,7 +485,7 @@ class DownloadScheduler:
         if len(jobs) == 1:  # nothing to share
             job = jobs[0]
             free = len(job.running) < self.connections
-            piece = (job.take(now) if free else None) or job.split(now)
+            piece = (job.take(now) if free else None) or self._split(job, now)
             return None if piece is None else self._begin(job, piece)
         parts, running = self._shares(now), _running(jobs)
         owed = Counter[Hashable]()  # connections that each origin lacks
@@ -502,9 +502,15 @@ class DownloadScheduler:
             if (piece := job.take(now)) is not None:
                 return self._begin(job, piece)
         for job in sorted(jobs, key=need):
-            if (piece := job.split(now)) is not None:
+            if (piece := self._split(job, now)) is not None:
                 return self._begin(job, piece)
         return None
+
+    def _split(self, job: Job[Any], now: float) -> DownloadPiece | None:
+        piece = job.split(now)
+        if piece is not None:
+            self.changed.notify()  # another thread looks for the next straggler
+        return piece
 
     def _begin(self, job: Job[Any], piece: DownloadPiece) -> Task:
         attempt = Attempt(job.origin)
@@ -564,6 +570,10 @@ class DownloadScheduler:
         now = self.clock()
         wanted = sum(max(job.wanted(now), job.announced) for job in self.jobs if not job.over)
         return min(self.connections, wanted)
+
+    def wanted_more(self) -> int:
+        """Return how many idle threads to wake: one at least, for stragglers. With the lock."""
+        return max(1, self.wanted_threads() - sum(len(job.running) for job in self.jobs))
 
     def exceeds_share(self, job: Job[Any]) -> bool:
         """Whether the job has more threads than its share, and another fewer. With the lock.
@@ -777,7 +787,7 @@ class WorkerPool:
         kept = self._pool.expire() or busy
         with scheduler.lock:
             if scheduler.jobs and not self.closed:
-                scheduler.changed.notify_all()
+                scheduler.changed.notify(scheduler.wanted_more())
                 return _TICK_SECONDS
             if self.closed or not kept:
                 self._timer = None
