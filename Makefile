@@ -15,8 +15,8 @@ RAY_TESTS := tests/engines/ray_serve
 ALONE := unshare -rn sh -c 'ip link set lo up && exec "$$@"' sh
 # Says every few seconds that a command still runs: venv and pip work in silence.
 ALIVE := sh -c '(while sleep 4; do echo "still installing"; done) & trap "kill $$!" EXIT; "$$@"' sh
-# A process for each core, and no more than the tests can use.
-WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
+# Tests wait as much as they compute: three processes keep two cores busy.
+WORKERS := --numprocesses 3 --dist worksteal
 SERVERS := nginx rclone weed azurite-blob olah-cli
 
 .PHONY: demo test slow check docs bench soak servers page lorax vllm sglang ray gpu clean

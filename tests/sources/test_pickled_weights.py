@@ -1,6 +1,5 @@
 """Pickles of PEFT's become safetensors; hostile ones are refused, and nothing is left of them."""
 
-import builtins
 import os
 import resource
 import shutil
@@ -41,6 +40,14 @@ pytestmark = [
 ]
 
 
+def slow(*cases: Any) -> list[Any]:
+    """Cases for `make slow`: each starts a process that imports torch."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.slow)
+        for case in cases
+    ]
+
+
 def children() -> set[str]:
     """Return the processes that this one has started."""
     return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
@@ -68,7 +75,9 @@ def refused(folder: Path, kind: type[errors.LoraxError], match: str, **options: 
     assert {path.name for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("variant", ["every_linear", "dora", "lora_bias", "embedding_and_all"])
+@pytest.mark.parametrize(
+    "variant", ["embedding_and_all", *slow("every_linear", "dora", "lora_bias")]
+)
 async def test_a_pickle_of_peft(folder: Path, variant: str) -> None:
     """The file has PEFT's names and bits, and gives PEFT's logits."""
     model = llama()
@@ -91,7 +100,7 @@ async def test_a_pickle_of_peft(folder: Path, variant: str) -> None:
     torch.testing.assert_close(ours, pefts(model, folder, prompt(2)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float16)])
 def test_shared_and_strided_tensors_get_memory_of_their_own(
     folder: Path, dtype: torch.dtype
 ) -> None:
@@ -111,13 +120,14 @@ class Call:
         return self._call
 
 
-@pytest.mark.parametrize("function", [os.system, builtins.eval, builtins.exec, builtins.getattr])
+@pytest.mark.parametrize("function", [os.system, *slow(eval, exec, getattr)])
 def test_code_is_not_run(folder: Path, function: Callable[..., object]) -> None:
     seen = folder / "it ran"
     write(folder, {A: torch.ones(2, 2), B: Call(function, f"touch '{seen}'")})
     refused(folder, errors.UnsafeFileError, function.__name__)
 
 
+@pytest.mark.slow
 def test_a_bomb_of_memory(folder: Path) -> None:
     """The file has one number, in a tensor that repeats it 2**40 times."""
     write(folder, {A: torch.ones(1).expand(1 << 20, 1 << 20)})
@@ -139,6 +149,7 @@ def repack(folder: Path, content: bytes, compression: int = zipfile.ZIP_STORED) 
     old.unlink()
 
 
+@pytest.mark.slow
 def test_an_endless_loop(folder: Path) -> None:
     """A key of tuples in tuples, each with the next one twice, takes 2**64 steps to hash."""
     pairs = b"".join(b"q%ch%ch%c\x86" % (n, n, n) for n in range(64))
@@ -148,11 +159,13 @@ def test_an_endless_loop(folder: Path) -> None:
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_a_pickle_that_grows_when_it_is_unpacked(folder: Path) -> None:
     repack(folder, b"\x80\x02" + b"N" * (1 << 29) + b".", zipfile.ZIP_DEFLATED)
     refused(folder, errors.UnsafeFileError, "limit of memory")
 
 
+@pytest.mark.slow
 def test_what_is_not_torchs_zip(folder: Path) -> None:
     write(folder, {A: torch.ones(2, 2)}, _use_new_zipfile_serialization=False)
     refused(folder, errors.AdapterFormatError, "torch before 1.6")
@@ -170,15 +183,17 @@ def test_what_is_not_torchs_zip(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "kind", "word"),
     [
-        ([torch.ones(2, 2)], errors.AdapterFormatError, "by name"),
-        ({}, errors.AdapterFormatError, "by name"),
         ({A: {"nested": torch.ones(2, 2)}}, errors.AdapterFormatError, "more than tensors"),
-        ({1: torch.ones(2, 2)}, errors.AdapterFormatError, "more than tensors"),
-        ({"lora_A": torch.ones(2, 2)}, errors.UnsupportedAdapterError, "PEFT's"),
         ({A: torch.ones(2, 2).double()}, errors.UnsupportedAdapterError, "float64"),
-        ({A: torch.ones(2, 2).to_sparse()}, errors.UnsupportedAdapterError, "sparse"),
-        ({A: torch.ones(2, 2, device="meta")}, errors.UnsupportedAdapterError, "strided"),
-        ({A: torch.ones(2, 2, 1)}, errors.UnsupportedAdapterError, "shape"),
+        *slow(
+            ([torch.ones(2, 2)], errors.AdapterFormatError, "by name"),
+            ({}, errors.AdapterFormatError, "by name"),
+            ({1: torch.ones(2, 2)}, errors.AdapterFormatError, "more than tensors"),
+            ({"lora_A": torch.ones(2, 2)}, errors.UnsupportedAdapterError, "PEFT's"),
+            ({A: torch.ones(2, 2).to_sparse()}, errors.UnsupportedAdapterError, "sparse"),
+            ({A: torch.ones(2, 2, device="meta")}, errors.UnsupportedAdapterError, "strided"),
+            ({A: torch.ones(2, 2, 1)}, errors.UnsupportedAdapterError, "shape"),
+        ),
     ],
 )
 def test_what_is_not_weights(
@@ -207,6 +222,7 @@ def test_a_cancellation_ends_the_process(folder: Path) -> None:
     refused(folder, errors.FetchError, "no caller", is_cancelled=lambda: True)
 
 
+@pytest.mark.slow
 def test_a_full_disk(folder: Path) -> None:
     """The disk takes no more than 4 KiB of a file."""
     write(folder, {A: torch.ones(64, 64)})
@@ -218,6 +234,7 @@ def test_a_full_disk(folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+@pytest.mark.slow
 def test_conversions_side_by_side(folder: Path) -> None:
     """One of them writes the file, and the others say that it exists."""
     write(folder, {A: torch.ones(2, 2)})
