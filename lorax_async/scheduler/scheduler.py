@@ -387,8 +387,9 @@ class AdapterScheduler:
         Returns
         -------
         Collection[Ticket]
-            The requests whose results do not count: those in `again`, and those whose adapter is
-            reloaded because its files changed while they were read.
+            The requests whose results do not count: those in `again`, those that ended before,
+            and those whose adapter has other bytes than it should. Where its files changed while
+            they were read, it is reloaded.
 
         Raises
         ------
@@ -414,9 +415,7 @@ class AdapterScheduler:
         self._adapter_queues.stop_streaming(batch.adapter_queues, late)
         for row in batch.rows:
             row.ticket.in_batch = False
-            if row.ticket.done:
-                continue
-            if row.ticket.queue not in batch.adapter_queues:
+            if row.ticket.done or row.ticket.queue not in batch.adapter_queues:
                 without_result.add(row.ticket)
                 continue
             self._adapter_queues.charge(row.ticket, row.tokens)

@@ -396,16 +396,14 @@ class Engine:
             for stream, token in outcome.tokens.items()
             if token in stream.generation.stop_tokens
         ]
-        again = self._scheduler.complete(
-            batch, finished, again=outcome.again, failed=outcome.failed
-        )
+        void = self._scheduler.complete(batch, finished, again=outcome.again, failed=outcome.failed)
         for row, stream in rows:
-            if row.ticket in again:
+            if row.ticket in void:
                 if stream in outcome.tokens:  # its first token, discarded: restart the sampler
                     stream.sampler = Sampler(stream.generation.sampling)
                 continue
             stream.begun = True
-            if stream in outcome.tokens and _is_wanted(row.ticket):
+            if stream in outcome.tokens:
                 stream.add(outcome.tokens[stream])
 
     def _compute(
@@ -465,11 +463,6 @@ class Engine:
         loop = asyncio.get_running_loop()
         done = loop.run_in_executor(self._thread, copy_context().run, work, *args)
         return await asyncio.shield(done)
-
-
-def _is_wanted(ticket: Ticket) -> bool:
-    """Return whether a token is wanted, and its adapter was not found corrupt meanwhile."""
-    return not ticket.cancelled and ticket.error is None
 
 
 class TokenStream:

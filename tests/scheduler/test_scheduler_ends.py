@@ -165,8 +165,19 @@ async def test_a_token_of_false_weights_does_not_count(tmp_path: Path) -> None:
         assert batch.handles[0] is not None
         source.allow_verification("a")
         await fails(batch.handles[0].verified(), errors.IntegrityError)
-        scheduler.complete(batch)
+        assert set(scheduler.complete(batch)) == {ticket}
         await fails(ticket, errors.IntegrityError)
+
+
+async def test_a_token_of_a_request_that_was_cancelled_meanwhile_does_not_count(
+    tmp_path: Path,
+) -> None:
+    async with opened(make_source(tmp_path, "a")) as (_, scheduler):
+        ticket, other = (scheduler.submit(Request("a", 1, 1)) for _ in range(2))
+        batch = await scheduler.next_batch(MANY, MANY)
+        ticket.cancel()
+        assert set(scheduler.complete(batch)) == {ticket}
+        await other
 
 
 PATIENT = {"timeout": 60.0, "starvation_age": 1000.0}

@@ -52,9 +52,6 @@ SERVING: Mutants = {
     "engine: an ended sequence is freed": mutant(
         f"{ENGINE}::test_an_answer_cancelled_at_any_time_disturbs_none",
         skipped(Engine, "_take_ended", ())),
-    "engine: no token of false weights comes out": mutant(
-        f"{ENGINE}::test_no_token_of_an_adapter_that_was_false_comes_out",
-        (engine, "_is_wanted", lambda _: True)),
     "keys: a free place holds nothing": mutant(
         f"{DECODER}::test_what_was_at_a_place_never_matters", skipped(PlacesLayer, "clear")),
     "keys: what does not follow changes nothing": mutant(
