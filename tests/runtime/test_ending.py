@@ -397,6 +397,24 @@ async def test_a_group_that_arrives_as_its_fetch_fails(
     assert not caplog.records
 
 
+async def test_a_file_that_is_fetched_stays_open_for_its_copies(tmp_path: Path) -> None:
+    source = make_source(tmp_path, "a")
+    source.hold("a")
+    there, device = watched(source, max_slots=1, io_threads=2)
+    async with there:
+        device.gate.clear()
+        hint = there.prefetch("a", tier="disk")
+        async with there.stream("a") as handle:
+            source.allow("a", 0, 1)
+            await until(lambda: device.copies == 2)
+            source.allow("a")
+            await hint
+            device.gate.set()
+            await handle.layer_ready(3)
+            tiny.assert_equal_to_file(handle, tmp_path / "a")
+        assert source.counts.opens == 1
+
+
 async def test_a_copy_that_is_wanted_no_longer_reads_its_file_to_the_end(tmp_path: Path) -> None:
     source = make_source(tmp_path, "a")
     source.hold("a")
