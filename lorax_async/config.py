@@ -89,9 +89,13 @@ class ByteSize:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on untrusted adapters, in bytes or counts."""
+    """Limits on untrusted adapters, in bytes or counts.
 
-    max_header_bytes: ByteSize = ByteSize(2 * MiB)
+    One Linear per expert, whose names are the longest, takes 142 bytes of header for each tensor;
+    160 are the default. Raise `max_header_bytes` with `max_tensors`.
+    """
+
+    max_header_bytes: ByteSize = ByteSize(10 * MiB)
     max_tensors: int = 65_536
     max_name_bytes: int = 512
     max_dimensions: int = 8

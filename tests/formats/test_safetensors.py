@@ -295,14 +295,23 @@ def test_limits_are_limits() -> None:
     }.items():
         with pytest.raises(AdapterFormatError, match=words):
             parse(text, limits=replace(exact, **{name: getattr(exact, name) - 1}))
-    assert (Limits().max_header_bytes, Limits().max_tensors) == (2 << 20, 65_536)
+    assert (Limits().max_header_bytes, Limits().max_tensors) == (10 << 20, 65_536)
+
+
+def test_a_linear_for_each_expert_is_within_the_limits() -> None:
+    """As transformers 4 saved Qwen3-30B-A3B."""
+    module = "base_model.model.model.layers.{}.mlp.experts.{}.{}_proj.lora_{}.weight"
+    parts = [(kind, factor) for kind in ("gate", "up", "down") for factor in "AB"]
+    names = [module.format(n, e, *part) for n in range(48) for e in range(128) for part in parts]
+    text = ",".join([*(f'"{name}":{EMPTY}' for name in names), f'"x":{GOOD}'])
+    assert len(parse(f"{{{text}}}").tensors) == 36_865
 
 
 SIZES = {
     "0 bytes and cannot be": [(b"", 0)],
     "7 bytes and cannot be": [(b"\2\0\0\0\0\0\0", 7)],
     "10 bytes and ends inside its header of 3": [(b"\3\0\0\0\0\0\0\0", 10)],
-    "a header of 2,097,153 bytes is over": [((2**21 + 1).to_bytes(8, "little"), 2**30)],
+    "a header of 10,485,761 bytes is over": [((10 * 2**20 + 1).to_bytes(8, "little"), 2**30)],
     "is a Git LFS pointer, not the weights; run `git lfs pull`": [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", 132),
         (b"version https", 132),
