@@ -242,6 +242,10 @@ class StoreConfig:
         The same for a look at the files of a local folder. Within these seconds `load` looks at a
         path's files on the event loop, with two stat calls that the kernel answers from memory,
         unless they are on a network file system or FUSE. 0 always takes a thread.
+    convert_bin
+        Load adapters whose weights are `adapter_model.bin` only, a pickle, too: a restricted
+        unpickler in a process of its own, with limits of memory and time, converts the file once
+        into an entry of the disk cache. False refuses them.
     eviction
         The eviction policy, on disk, in host memory and on the device: "lru", "lfu" (with ageing),
         or "gdsf" (frequency and cost per byte).
@@ -267,6 +271,7 @@ class StoreConfig:
     connections: int = 16
     revalidate: float = 60.0
     revalidate_files: float = 1.0
+    convert_bin: bool = False
     eviction: Eviction = "lru"
     limits: Limits = field(default_factory=Limits)
     peers: InitVar[None] = None
@@ -283,6 +288,7 @@ class StoreConfig:
         for name, words in (("eviction", Eviction), ("hub_cache", HubCache), ("verify", Checking)):
             require_one_of(name, getattr(self, name), get_args(words))
         require_bool("offline", self.offline)
+        require_bool("convert_bin", self.convert_bin)
         if not isinstance(self.limits, Limits):
             raise ConfigError(f"limits must be Limits(…), not {shorten_repr(self.limits)}")
         _require_at_most("connections", self.connections, MAX_THREADS)

@@ -200,7 +200,8 @@ class TensorsKey(AdapterKey):
 class RemoteKey(AdapterKey):
     """One version of a remote adapter; `location` is its id without a revision.
 
-    `version` is the hub's commit, or a digest of the versionIds or strong ETags of its files.
+    `version` is the hub's commit, or a digest of the versionIds or strong ETags of its files. A
+    local folder whose weights are converted from a pickle has one too, by its `files`.
     `stale` means that the source could not be reached and last named this version; `answered_at`
     is the monotonic time since which this answer may be out of date, None if that is unknown.
     """

@@ -66,6 +66,7 @@ SETTINGS: dict[str, tuple[list[Any], list[Any], str]] = {
     "verify": (["none", "stream", "before_use", "always"], NOT_WORDS, "must be one of none, str"),
     "check_finite": (BOOLS := ([True, False], ["no", 0, 1, None, NAN], "must be True or")),
     "offline": BOOLS,
+    "convert_bin": BOOLS,
     "device": (
         ["cpu", "cuda", "cuda:0", "cuda:11", "simulated"],
         [*NOT_DEVICES, torch.device("cpu")],

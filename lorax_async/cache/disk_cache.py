@@ -9,7 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 
 from lorax_async.cache.base import (
@@ -43,6 +43,7 @@ from lorax_async.lifecycle.policies import EvictionPolicy
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 _PUBLICATIONS = 3
 _MAX_ANSWER_BYTES = 64 << 10
+_COPY_BYTES = 4 << 20
 
 
 class DiskCache:
@@ -217,6 +218,18 @@ class DiskDownload:
             self._partial.folder, name, nbytes, expected, self._cache.budget.reserve
         )
         return file
+
+    def store(self, name: str, content: int) -> None:
+        """Add a file with the bytes of an open one. Raise as `file`. Blocks."""
+        file = self.file(name, os.fstat(content).st_size)
+        for offset in range(0, file.nbytes, _COPY_BYTES):
+            file.write(offset, memoryview(os.pread(content, _COPY_BYTES, offset)))
+
+    def remove(self, name: str) -> None:
+        """Remove a file, which only others were made from."""
+        self._require_open()
+        with translate_errors("remove a file"), closing(self._files.pop(name)) as file:
+            file.remove()
 
     def publish(self) -> DiskEntry:
         """Check the digests of the complete files, and publish them to all processes at once.

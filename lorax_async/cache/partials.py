@@ -181,6 +181,11 @@ class PartialFile:
         with translate_errors(_READING), self._file as fd:
             return PartialReader(self, os.dup(fd))
 
+    @property
+    def descriptor(self) -> SharedResource[int]:
+        """The open file, for others to read."""
+        return self._file
+
     def covers(self, start: int, stop: int) -> bool:
         with self._lock:
             return start == stop or self._here.covers(start, stop)

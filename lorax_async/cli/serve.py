@@ -218,6 +218,12 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         help="when digests are checked: beside the load (stream, the default), before its use, at"
         " each load (always), or not (none)",
     )
+    parser.add_argument(
+        "--convert-bin",
+        action="store_true",
+        help="convert weights that are adapter_model.bin only, a pickle, once into the adapter"
+        " cache, in a process with limits of memory and time (default: refuse them)",
+    )
     for option, about in (
         ("--device-bytes", "device memory for adapters (default: a quarter of what is free)"),
         ("--host-bytes", "host memory for files of adapters that left the device"),
@@ -341,6 +347,7 @@ def _read_settings(
         dtype=dtype,
         device=device,
         max_slots=arguments.max_slots,
+        convert_bin=arguments.convert_bin,
         **server_loader_settings(arguments, refs) | given,
     )
     capacity = ServerCapacity(

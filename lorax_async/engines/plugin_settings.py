@@ -79,6 +79,8 @@ class PluginSettings:
     """Refuse weights that are NaN or infinite: one such adapter ruins an engine's prefix cache."""
     base_copies: BaseCopyRule = "refuse"
     """Compare copies of the base's weights with its files, or "trust" them, as engines do."""
+    convert_bin: bool = False
+    """Convert weights that are `adapter_model.bin` only, a pickle, in a process of its own."""
     token: str | None = field(default=None, repr=False)
     """The bearer token for http(s) sources; the hub has `HF_TOKEN`."""
 
@@ -122,6 +124,7 @@ class PluginSettings:
             "connections": self.connections,
             "timeout": self.timeout,
             "revalidate": self.revalidate,
+            "convert_bin": self.convert_bin,
         }
 
     def describe(self) -> str:
@@ -267,6 +270,7 @@ _PARSERS: Mapping[str, Callable[[str, str], Any]] = {
     "REVALIDATE": _parse_seconds,
     "ALLOW_STALE": _parse_switch,
     "CHECK_FINITE": _parse_switch,
+    "CONVERT_BIN": _parse_switch,
     "BASE_COPIES": _parse_base_copies,
 }
 """How the values of settings are read, apart from those that name adapters or are secret."""

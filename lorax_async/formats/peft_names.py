@@ -29,8 +29,10 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 INDEX_FILE = "adapter_model.safetensors.index.json"
 PICKLE_FILE = "adapter_model.bin"
 PICKLE_PROBLEM = (
-    "a pickle, which can run any code and is never loaded; re-save the adapter with safetensors"
-    " (save_pretrained does by default), or run `lorax-async convert` on its folder"
+    "a pickle, which can run any code and is never loaded as it is; re-save the adapter with"
+    " safetensors (save_pretrained does by default), run `lorax-async convert` on its folder, or,"
+    " as the operator, let loads convert it: LoaderConfig(convert_bin=True), serve --convert-bin,"
+    " LORAX_ASYNC_CONVERT_BIN=1"
 )
 
 

@@ -54,7 +54,7 @@ class RemoteFile:
     Attributes
     ----------
     name
-        `CONFIG_FILE` or `WEIGHTS_FILE`.
+        `CONFIG_FILE` or `WEIGHTS_FILE`, or `PICKLE_FILE` if pickles are converted.
     target
         Its URL, with the headers that a request needs.
     nbytes, expected, etag

@@ -160,6 +160,8 @@ class HubBackend:
         Run huggingface_hub, two calls per adapter at once. A call outlives its cancelled caller.
     timeout
         Seconds to connect, and to wait for the next byte of a response.
+    convert_bin
+        Locate `PICKLE_FILE` where there are no other weights.
     """
 
     def __init__(
@@ -170,6 +172,7 @@ class HubBackend:
         allow: Sequence[Allow] = (),
         timeout: float = 10.0,
         retries: RetryPolicy = RETRIES,
+        convert_bin: bool = False,
     ) -> None:
         self._endpoint = endpoint.text.rstrip("/")
         self._rules = AllowRules(allow, named=(endpoint.origin,))
@@ -177,6 +180,7 @@ class HubBackend:
         self._threads = threads
         self._timeout = timeout
         self._retries = retries
+        self._convert_bin = convert_bin
 
     def is_version(self, revision: str) -> bool:
         return is_commit(revision)
@@ -213,20 +217,20 @@ class HubBackend:
             await self._require_covered(pinned)
         if weights.commit != config.commit:  # a branch moved between the two answers
             (weights,) = await self._answers(replace(pinned, name=WEIGHTS_FILE))
-        if weights.file is None:
-            raise await self._missing_weights(pinned)
-        files = config.file, weights.file
+        files = config.file, weights.file or await self._pickle(pinned)
         return LocatedAdapter(location.text, config.commit, self._scope(token), files)
 
-    async def _missing_weights(self, pinned: FileQuery) -> AdapterError:
-        """Return the error for a commit without weights; ask what it has in their place."""
+    async def _pickle(self, pinned: FileQuery) -> RemoteFile:
+        """Return the pickle of a commit without other weights, or raise what it has instead."""
         names = INDEX_FILE, PICKLE_FILE
         index, pickle = await self._answers(*(replace(pinned, name=name) for name in names))
         if index.file is not None:
-            return split_weights_error(f"{pinned.source!r} at {pinned.revision!r}")
+            raise split_weights_error(f"{pinned.source!r} at {pinned.revision!r}")
+        if pickle.file is not None and self._convert_bin:
+            return pickle.file
         if pickle.file is not None:
-            return _lacking(pinned, f"its weights as {PICKLE_FILE} only, {PICKLE_PROBLEM}")
-        return await self._foreign_weights(pinned) or _lacking(pinned, f"no {WEIGHTS_FILE}")
+            raise _lacking(pinned, f"its weights as {PICKLE_FILE} only, {PICKLE_PROBLEM}")
+        raise await self._foreign_weights(pinned) or _lacking(pinned, f"no {WEIGHTS_FILE}")
 
     async def _foreign_weights(self, query: FileQuery) -> AdapterError | None:
         """Return the error for a commit with another program's weights; None for any other."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,6 +29,8 @@ from lorax_async.errors import (
 from lorax_async.formats.peft_names import (
     CONFIG_FILE,
     INDEX_FILE,
+    PICKLE_FILE,
+    PICKLE_PROBLEM,
     WEIGHTS_FILE,
     split_weights_error,
 )
@@ -76,12 +78,19 @@ class StoreBackend:
 
     `executor` runs obstore's calls, which block: two at a time for one adapter, `BUCKET_CALLS` for
     one bucket. A call outlives its cancelled caller. URLs are signed for `signed_for` seconds.
-    Their origin, which the environment names, is always allowed; `allow` is for redirects.
+    Their origin, which the environment names, is always allowed; `allow` is for redirects. With
+    `convert_bin`, `PICKLE_FILE` is located where there are no other weights.
     """
 
     def __init__(
-        self, executor: Executor, allow: Sequence[Allow] = (), *, signed_for: float = SIGNED_FOR
+        self,
+        executor: Executor,
+        allow: Sequence[Allow] = (),
+        *,
+        signed_for: float = SIGNED_FOR,
+        convert_bin: bool = False,
     ) -> None:
+        self._convert_bin = convert_bin
         self._threads = FairThreads(executor, BUCKET_CALLS)
         self._allow = allow
         self._signed_for = signed_for
@@ -110,7 +119,7 @@ class StoreBackend:
         `AnotherVersionError`.
         """
         scope = await self.scope(folder, ref)
-        config, weights = await asyncio.gather(
+        config, found = await asyncio.gather(
             self._call(folder, partial(self._require, folder, CONFIG_FILE)),
             self._call(folder, partial(self._require_weights, folder)),
             return_exceptions=True,
@@ -118,9 +127,11 @@ class StoreBackend:
         # The same fault raises the same error, whichever thread ended first.
         if isinstance(config, BaseException):
             raise config
-        if isinstance(weights, BaseException):
-            raise weights
-        version, files = await self._call(folder, partial(self._sign, folder, config, weights))
+        if isinstance(found, BaseException):
+            raise found
+        name, weights = found
+        objects = {CONFIG_FILE: config, name: weights}
+        version, files = await self._call(folder, partial(self._sign, folder, objects))
         names = {version, weights.version_id, weights.etag, (weights.etag or "").strip('"')}
         if ref.revision is not None and ref.revision not in names:
             raise AnotherVersionError(
@@ -152,23 +163,32 @@ class StoreBackend:
             raise AdapterNotFoundError(f"there is no {name} in {folder.text}, or no such bucket")
         return StoredObject(meta["size"], meta["e_tag"], meta["version"])
 
-    def _require_weights(self, folder: StoreFolder) -> StoredObject:
+    def _require_weights(self, folder: StoreFolder) -> tuple[str, StoredObject]:
+        """Return the name and the metadata of the weights."""
         try:
-            return _mapped(partial(self._require, folder, WEIGHTS_FILE), folder)
+            return WEIGHTS_FILE, _mapped(partial(self._require, folder, WEIGHTS_FILE), folder)
         except (AdapterNotFoundError, AccessDeniedError):
             # S3 denies access to missing objects too, if the caller may not list the bucket.
             with suppress(AdapterNotFoundError, AccessDeniedError):
                 _mapped(partial(self._require, folder, INDEX_FILE), folder)
                 raise split_weights_error(folder.text) from None
-            raise
+            try:
+                pickle = _mapped(partial(self._require, folder, PICKLE_FILE), folder)
+            except (AdapterNotFoundError, AccessDeniedError):
+                pickle = None
+            if pickle is None:
+                raise
+            if self._convert_bin:
+                return PICKLE_FILE, pickle
+            what = f"{folder.text} has its weights as {PICKLE_FILE} only, {PICKLE_PROBLEM}"
+            raise AdapterNotFoundError(what, stage="resolve") from None
 
     def _sign(
-        self, folder: StoreFolder, config: StoredObject, weights: StoredObject
+        self, folder: StoreFolder, objects: Mapping[str, StoredObject]
     ) -> tuple[str, tuple[RemoteFile, RemoteFile]]:
         """Return the version of an adapter and its files, with signed URLs."""
         import obstore  # noqa: PLC0415
 
-        objects = {CONFIG_FILE: config, WEIGHTS_FILE: weights}
         for name, stored in objects.items():
             if stored.etag is None or stored.etag.startswith("W/"):
                 raise FetchError(
@@ -190,7 +210,9 @@ class StoreBackend:
         versioned = all(stored.version_id is not None for stored in objects.values())
         # Two stores may have buckets of the same name.
         url = files[0].target.url.text.partition("?")[0]
-        version = version_of("versions" if versioned else "etags", [url, *_words(config, weights)])
+        version = version_of(
+            "versions" if versioned else "etags", [url, *_words(*objects.values())]
+        )
         return version, (files[0], files[1])
 
     def _file(self, folder: StoreFolder, text: str, name: str, stored: StoredObject) -> RemoteFile:

@@ -8,6 +8,7 @@ was refused.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
@@ -20,7 +21,14 @@ from lorax_async.cache.base import CacheEntry, CacheKey, LeftoverError
 from lorax_async.cache.directory import CrowdedError
 from lorax_async.cache.disk_cache import DiskCache, DiskDownload
 from lorax_async.cache.partials import PartialFile
-from lorax_async.concurrency import FetchControl, WorkerThreads, outcome
+from lorax_async.concurrency import (
+    FetchControl,
+    IsWanted,
+    SharedResource,
+    WorkerThreads,
+    in_thread,
+    outcome,
+)
 from lorax_async.config import Checking, Limits
 from lorax_async.errors import (
     AdapterError,
@@ -31,9 +39,9 @@ from lorax_async.errors import (
     IntegrityError,
     LoraxError,
 )
-from lorax_async.files import read_prefix
+from lorax_async.files import FileReader, open_same, read_prefix, require_same
 from lorax_async.formats.digests import Digest, FileHash, sent_sha256
-from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
+from lorax_async.formats.peft_names import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from lorax_async.formats.safetensors import header_end, header_size
 from lorax_async.http.download_scheduler import Job
 from lorax_async.http.failures import changed_error
@@ -56,8 +64,16 @@ from lorax_async.remote.base import (
     track,
     unwanted_error,
 )
-from lorax_async.remote.readers import EntryReader, FetchReader, read_first
+from lorax_async.remote.readers import (
+    ConvertedReader,
+    EntryReader,
+    FetchReader,
+    entry_gone,
+    read_first,
+)
 from lorax_async.sources.base import AdapterFile
+from lorax_async.sources.local import read_checked
+from lorax_async.sources.pickled_weights import convert_open
 from lorax_async.types import AdapterRef, RemoteKey
 
 MAX_REFS = 65_536
@@ -310,6 +326,7 @@ class AdapterOpener:
         self._workers = workers
         self._limits = limits
         self._verify: Checking = verify
+        self._converting = asyncio.Semaphore(1)
 
     async def open(self, key: RemoteKey, control: FetchControl) -> AdapterFile:
         """Return the adapter's file with an `EntryReader` or a `FetchReader`.
@@ -336,7 +353,7 @@ class AdapterOpener:
             if entry is not None:
                 return entry
         try:
-            scope = (await self._resolver.locate(key, control)).scope
+            scope = PUBLIC if key.files else (await self._resolver.locate(key, control)).scope
         except AdapterError:
             # Only the caller whose digest refutes an entry may fail with its source.
             entry = await self._stored(key)
@@ -380,9 +397,13 @@ class AdapterOpener:
             self._resolver.discard_probe(key)
 
     async def _open_entry(
-        self, key: RemoteKey, entry: CacheEntry, control: FetchControl
+        self,
+        key: RemoteKey,
+        entry: CacheEntry,
+        control: FetchControl,
+        kind: type[EntryReader] = EntryReader,
     ) -> AdapterFile:
-        reader = EntryReader(entry, cache_key(key))
+        reader = kind(entry, cache_key(key))
 
         def read() -> AdapterFile:
             config, prefix = read_first(entry, CONFIG_FILE), read_prefix(reader, self._limits)
@@ -406,6 +427,9 @@ class AdapterOpener:
     async def _begin_fetch(
         self, key: RemoteKey, download: DiskDownload, control: FetchControl
     ) -> AdapterFile:
+        if key.files:
+            await self._convert_folder(key, download, control)
+            return await self._open_converted(key, EntryReader, control)
         located = await self._resolver.locate(key, control)
         confirmation = self._confirmation(key, located)
         try:
@@ -415,12 +439,18 @@ class AdapterOpener:
         except BaseException:
             confirmation.close()
             raise
+        is_pickle = weights.name == PICKLE_FILE
         reader = FetchReader(
             *(key, self._downloader, self._workers, download, weights, metadata.weights),
             layers_first=self._verify in {"none", "stream"},
             resumable=not located.version.startswith(WEAK),
             confirmation=confirmation,
+            prepare=partial(self._convert_download, download, weights) if is_pickle else None,
         )
+        if is_pickle:
+            with closing(reader):
+                await reader.fetch_groups((), lambda _: None, control)
+                return await self._open_converted(key, ConvertedReader, control)
 
         async def refuse(error: LoraxError, *, weights: bool) -> bool:
             if weights:
@@ -475,7 +505,7 @@ class AdapterOpener:
             or self._downloader.probe(
                 file.target,
                 nbytes,
-                ranged=file.name == WEIGHTS_FILE,
+                ranged=file.name != CONFIG_FILE,
                 needed_bytes=_header if file.name == WEIGHTS_FILE else None,
                 urgency=FOREGROUND if control.urgent else PREFETCH,
                 timeout=LONGEST,
@@ -499,6 +529,8 @@ class AdapterOpener:
             problem = f"the source does not say how large {file.target.name} is"
             raise FetchError(problem, retryable=False)
         self._require_size(file, size)
+        if file.name == PICKLE_FILE:
+            return FetchedFile(file, probe, size, b"")
         needed = header_size(probe.start[:8], size, self._limits)
         if needed > len(probe.start):
             (larger,) = await self._probe([(replace(file, answer=None), needed)], control)
@@ -509,7 +541,7 @@ class AdapterOpener:
 
     def _require_size(self, file: RemoteFile, nbytes: int | None) -> None:
         """Raise `AdapterFormatError` for a size over the limit: such a file is not requested."""
-        limit = "max_adapter_bytes" if file.name == WEIGHTS_FILE else "max_config_bytes"
+        limit = "max_config_bytes" if file.name == CONFIG_FILE else "max_adapter_bytes"
         max_bytes: int = getattr(self._limits, limit)
         if nbytes is not None and nbytes > max_bytes:
             raise AdapterFormatError(
@@ -548,6 +580,73 @@ class AdapterOpener:
             except CrowdedError:
                 await asyncio.sleep(_POLL_SECONDS)
         raise unwanted_error()
+
+    # -- weights that are a pickle ----------------------------------------------------------------
+
+    async def _convert_download(
+        self, download: DiskDownload, pickle: PartialFile, control: FetchControl
+    ) -> None:
+        """Put the weights in the place of a downloaded pickle, whose promised digest is checked.
+
+        If the pickle is refused, nothing of the download is left.
+        """
+        await self._workers.run(pickle.complete)
+        try:
+            content = await self._convert(pickle.descriptor, control)
+        except FetchError:
+            raise
+        except AdapterError:
+            await self._workers.finish(download.discard)
+            raise
+
+        def exchange() -> None:
+            download.remove(pickle.name)
+            download.store(WEIGHTS_FILE, content)
+
+        try:
+            await self._workers.run(exchange)
+        finally:
+            os.close(content)
+
+    async def _convert_folder(
+        self, key: RemoteKey, download: DiskDownload, control: FetchControl
+    ) -> None:
+        """Make the entry of a local folder whose weights are a pickle."""
+        config, pickle = key.files
+        path = os.path.join(key.location, PICKLE_FILE)
+        reader = FileReader(partial(open_same, path, pickle), pickle, PICKLE_FILE)
+        with closing(reader):
+            content = await self._convert(reader.descriptor, control)
+
+        def publish() -> None:
+            require_same(path, pickle)  # it was not written to meanwhile
+            text = read_checked(key.location, CONFIG_FILE, config)
+            download.file(CONFIG_FILE, len(text)).write(0, memoryview(text))
+            download.store(WEIGHTS_FILE, content)
+            download.publish().close()
+
+        try:
+            await self._workers.run(publish)
+        finally:
+            os.close(content)
+
+    async def _convert(self, pickle: SharedResource[int], control: FetchControl) -> int:
+        """Return a descriptor of the weights, in memory. One conversion at a time, in a thread."""
+
+        def work(is_wanted: IsWanted) -> int:
+            with pickle as fd:
+                return convert_open(fd, self._limits, lambda: not is_wanted())
+
+        async with bind_to(control), self._converting:
+            return await in_thread(work, os.close)
+
+    async def _open_converted(
+        self, key: RemoteKey, kind: type[EntryReader], control: FetchControl
+    ) -> AdapterFile:
+        entry = await self._stored(key)
+        if entry is None:
+            raise entry_gone()
+        return await self._open_entry(key, entry, control, kind)
 
     # -- what was refused -------------------------------------------------------------------------
 
@@ -598,6 +697,8 @@ class AdapterOpener:
             return False
         finally:
             self._resolver.discard_probe(key)
+        if metadata.weights.file.name == PICKLE_FILE:
+            return False  # the entry was made of it
         sizes = {file.name: file.nbytes for file in entry.record.files}
         fetched = {file.file.name: file for file in (metadata.config, metadata.weights)}
 

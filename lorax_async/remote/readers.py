@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from functools import partial
@@ -104,6 +104,7 @@ class FetchReader(CountedReader):
     `file` is that of the weights, which began as `fetched`. A
     `resumable` download may be resumed after it failed: the version names the bytes. With
     `layers_first` hashing takes no core from receiving and copying them. It closes `confirmation`.
+    `prepare` runs once all files are here, before publication.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class FetchReader(CountedReader):
         resumable: bool,
         layers_first: bool,
         confirmation: Confirmation,
+        prepare: Callable[[FetchControl], Awaitable[object]] | None = None,
     ) -> None:
         self.key = key
         self.entry: CacheEntry | None = None
@@ -129,6 +131,7 @@ class FetchReader(CountedReader):
         self._resumable = resumable
         self._layers_first = layers_first
         self._confirmation = confirmation
+        self._prepare = prepare
         self._lock = Lock()
         self._job: Job[None] | None = None
         self._hashing: Future[int] | None = None
@@ -176,6 +179,8 @@ class FetchReader(CountedReader):
                     await outcome(job.done)
             if layers_first:
                 await self.wait_until_read(groups)
+            if self._prepare is not None:
+                await self._prepare(control)
             entry = await self._workers.run(self._download.publish, lambda entry: entry.close())
         except BaseException as error:
             self._confirmation.close()
@@ -296,6 +301,10 @@ class EntryReader(CountedReader):
     def close(self) -> None:
         self._file.close()
         self.entry.close()
+
+
+class ConvertedReader(EntryReader):
+    """The `Reader` of an entry that was made of a pickle just downloaded."""
 
 
 def read_first(entry: CacheEntry, name: str, nbytes: int | None = None) -> bytes:

@@ -255,10 +255,17 @@ class Backends:
         if scheme == "hub":
             endpoint = parse_endpoint(config.hub_endpoint)  # raises, so before there are threads
             threads = self._threads(scheme, QUERY_THREADS)
-            return HubBackend(endpoint=endpoint, threads=threads, allow=config.allow)
+            return HubBackend(
+                endpoint=endpoint,
+                threads=threads,
+                allow=config.allow,
+                convert_bin=config.convert_bin,
+            )
         if scheme in STORES:
-            return StoreBackend(self._threads(scheme, STORE_THREADS), config.allow)
-        return WebBackend(self._downloader, AllowRules(config.allow), config.limits)
+            threads = self._threads(scheme, STORE_THREADS)
+            return StoreBackend(threads, config.allow, convert_bin=config.convert_bin)
+        rules, convert_bin = AllowRules(config.allow), config.convert_bin
+        return WebBackend(self._downloader, rules, config.limits, convert_bin=convert_bin)
 
     def _threads(self, name: str, count: int) -> ThreadPool:
         self._pools.append(ThreadPool(count, f"lorax-query-{name}"))

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from lorax_async.concurrency import outcome
 from lorax_async.config import Limits
-from lorax_async.errors import AdapterError, AdapterNotFoundError, shorten
+from lorax_async.errors import AdapterNotFoundError, shorten
 from lorax_async.formats.digests import sent_sha256
 from lorax_async.formats.peft_names import (
     CONFIG_FILE,
     INDEX_FILE,
+    PICKLE_FILE,
+    PICKLE_PROBLEM,
     WEIGHTS_FILE,
     split_weights_error,
 )
@@ -46,13 +49,22 @@ class WebBackend:
     """The `Backend` of adapters in folders behind URLs, `http(s)://host[:port]/folder/`.
 
     A token is sent as `Authorization: Bearer …`, to the URL's own origin only. `rules` say where
-    requests and redirects may go. The maker of `downloader` closes it.
+    requests and redirects may go. The maker of `downloader` closes it. With `convert_bin`,
+    `PICKLE_FILE` is located where there are no other weights.
     """
 
-    def __init__(self, downloader: RangeDownloader, rules: Rules, limits: Limits) -> None:
+    def __init__(
+        self,
+        downloader: RangeDownloader,
+        rules: Rules,
+        limits: Limits,
+        *,
+        convert_bin: bool = False,
+    ) -> None:
         self._downloader = downloader
         self._rules = rules
         self._limits = limits
+        self._convert_bin = convert_bin
 
     def is_version(self, revision: str) -> bool:
         """See `Backend`. An ETag is no version: the server has to be asked."""
@@ -74,7 +86,7 @@ class WebBackend:
         token = require_token(ref.token)
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         folder = _Folder(self._downloader, location.url, headers, self._rules, self._limits)
-        config, weights = await folder.first_answers()
+        config, weights = await folder.first_answers(convert_bin=self._convert_bin)
         version, etag = _version((config, weights)), _strong(weights.validators)
         names = {version, etag, etag and etag.strip('"')}
         if ref.revision is not None and ref.revision not in names:
@@ -82,9 +94,10 @@ class WebBackend:
                 f"revision {shorten(ref.revision, 100)!r} is not the version behind the URL now,"
                 f" which is {version}; a URL has no other"
             )
-        files = _remote_file(CONFIG_FILE, config), _remote_file(WEIGHTS_FILE, weights)
+        name = weights.target.name
+        files = _remote_file(CONFIG_FILE, config), _remote_file(name, weights)
         # Of weights with a strong ETag a byte is enough; others are compared by all that was seen.
-        again = partial(folder.request, 1 if etag else FIRST_BYTES)
+        again = partial(folder.request, 1 if etag else FIRST_BYTES, name)
         named = [_name(config), _name(weights)]
         recheck = Recheck(again, lambda answers: [*map(_name, answers)] == named)
         return LocatedAdapter(
@@ -104,26 +117,30 @@ class _Folder:
     rules: Rules
     limits: Limits
 
-    async def first_answers(self) -> tuple[ProbeResult, ProbeResult]:
-        """Return those for the config and the weights."""
+    async def first_answers(self, *, convert_bin: bool) -> tuple[ProbeResult, ProbeResult]:
+        """Return those for the config and the weights, or the pickle with `convert_bin`."""
         requests = self.request()
         config, weights = requests
         try:
             first = await outcome(config.done)
             try:
                 return first, await outcome(weights.done)
-            except AdapterNotFoundError as error:
-                requests.append(self._probe(INDEX_FILE, 1))
-                raise await self._missing_weights(requests[-1]) from error
+            except AdapterNotFoundError:
+                nbytes = FIRST_BYTES if convert_bin else 1
+                requests += self._probe(INDEX_FILE, 1), self._probe(PICKLE_FILE, nbytes)
+                return first, await self._pickle(*requests[-2:], convert_bin=convert_bin)
         finally:
             cancel_unfinished(requests)
 
-    def request(self, nbytes: int = FIRST_BYTES) -> list[Job[ProbeResult]]:
+    def request(
+        self, nbytes: int = FIRST_BYTES, weights: str = WEIGHTS_FILE
+    ) -> list[Job[ProbeResult]]:
         """Request the config, and the first bytes of the weights."""
-        needed = _count_needed_bytes if nbytes == FIRST_BYTES else None
+        is_first = nbytes == FIRST_BYTES and weights == WEIGHTS_FILE
+        needed = _count_needed_bytes if is_first else None
         return [
             self._probe(CONFIG_FILE, self.limits.max_config_bytes, ranged=False),
-            self._probe(WEIGHTS_FILE, nbytes, needed_bytes=needed),
+            self._probe(weights, nbytes, needed_bytes=needed),
         ]
 
     def _probe(self, name: str, nbytes: int, **options: Any) -> Job[ProbeResult]:
@@ -132,14 +149,25 @@ class _Folder:
         target = Target(url, name, self.headers, self.rules)
         return self.downloader.probe(target, nbytes, **options)
 
-    async def _missing_weights(self, index: Job[ProbeResult]) -> AdapterError:
-        """Return the error for a folder without weights, by whether it has an index."""
+    async def _pickle(
+        self, index: Job[ProbeResult], pickle: Job[ProbeResult], *, convert_bin: bool
+    ) -> ProbeResult:
+        """Return the answer for the pickle of a folder without other weights, or raise."""
         where = f"the folder at {self.url}"
-        try:
+        with suppress(AdapterNotFoundError):
             await outcome(index.done)
+            raise split_weights_error(where)
+        try:
+            found = await outcome(pickle.done)
         except AdapterNotFoundError:
-            return AdapterNotFoundError(f"{where} has no {WEIGHTS_FILE}; nothing else is read")
-        return split_weights_error(where)
+            raise AdapterNotFoundError(
+                f"{where} has no {WEIGHTS_FILE}; nothing else is read"
+            ) from None
+        if not convert_bin:
+            raise AdapterNotFoundError(
+                f"{where} has its weights as {PICKLE_FILE} only, {PICKLE_PROBLEM}"
+            )
+        return found
 
 
 def _remote_file(name: str, answer: ProbeResult) -> RemoteFile:

@@ -62,6 +62,7 @@ class StoreParts:
                 limits=config.limits,
                 threads=self.threads,
                 hashes=config.checks_before_use,
+                convert_bin=config.convert_bin,
             )
             parse = partial(parse_allowed_ref, allow=config.allow)
             self.source = SourceRouter(local, self.remote, parse)

@@ -20,7 +20,7 @@ from lorax_async.concurrency import FetchControl, SharedTasks, result_of
 from lorax_async.errors import AdapterTimeoutError, LoraxError, Stage, UsageError, as_lorax_error
 from lorax_async.files import Reader
 from lorax_async.lru import remember
-from lorax_async.remote.readers import FetchReader
+from lorax_async.remote.readers import ConvertedReader, FetchReader
 from lorax_async.runtime.leases import DigestChecks
 from lorax_async.runtime.resolver import Resolver
 from lorax_async.sources.base import FolderSource, Source, StoredFolder
@@ -84,7 +84,7 @@ class AdapterFolder:
         self.path = Path(checked.folder.path)
         self.nbytes = checked.folder.nbytes
         self.verification = checked.verification
-        self.downloaded = isinstance(checked.reader, FetchReader)
+        self.downloaded = isinstance(checked.reader, FetchReader | ConvertedReader)
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -326,7 +326,7 @@ class FolderLeases:
             # No layer groups: fetch the whole file in the fastest order.
             verification = await source.fetch_groups(file, (), lambda _: None, fetch.control)
             folder = source.folder(key, file.reader)
-            if isinstance(file.reader, FetchReader):
+            if isinstance(file.reader, FetchReader | ConvertedReader):
                 before = self.statistics
                 self.statistics = StoreStatistics(
                     before.downloads + 1, before.downloaded_bytes + folder.nbytes

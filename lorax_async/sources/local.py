@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from lorax_async.cache.base import digest_of
 from lorax_async.concurrency import FetchControl, call_in
 from lorax_async.config import Limits, Root, as_local_roots
 from lorax_async.errors import (
@@ -67,6 +68,7 @@ from lorax_async.types import (
     AdapterKey,
     AdapterRef,
     FileIdentity,
+    RemoteKey,
     Verification,
     require_id_text,
 )
@@ -97,11 +99,18 @@ class LocalSource:
     `roots` contain the folders of `str` ids; links are followed, anew for each id. Adapters in
     immutable roots may be mapped, whichever id names them. `threads` run the file
     system calls; two of them open config and weights side by side. With `hashes`, weights are
-    hashed each time they are opened, before they are used.
+    hashed each time they are opened, before they are used. With `convert_bin`, a folder whose
+    weights are a pickle has a `RemoteKey`, whose entry in the disk cache is made of it.
     """
 
     def __init__(
-        self, *, roots: Sequence[Root], limits: Limits, threads: Executor, hashes: bool = False
+        self,
+        *,
+        roots: Sequence[Root],
+        limits: Limits,
+        threads: Executor,
+        hashes: bool = False,
+        convert_bin: bool = False,
     ) -> None:
         known = as_local_roots(roots)
         self._roots = tuple(os.fspath(root.path) for root in known)
@@ -109,6 +118,7 @@ class LocalSource:
         self._limits = limits
         self._threads = threads
         self._hashes = hashes
+        self._convert_bin = convert_bin
         self._digests: OrderedDict[FileIdentity, str] = OrderedDict()
 
     async def resolve(self, ref: AdapterRef) -> AdapterKey:
@@ -118,9 +128,10 @@ class LocalSource:
                 "only local folders are accepted here: a pathlib.Path, or a path inside"
                 " one of the local_roots, which begins with './', '../' or '/'"
             )
-        return await call_in(
-            self._threads, partial(find_adapter, location, self._roots, self._limits)
+        find = partial(
+            find_adapter, location, self._roots, self._limits, convert_bin=self._convert_bin
         )
+        return await call_in(self._threads, find)
 
     async def open(self, key: AdapterKey, control: FetchControl) -> AdapterFile:  # noqa: ARG002 - the port's
         if len(key.files) != 2:
@@ -176,7 +187,7 @@ def _open(
 
     In one call: handing it to a thread costs as much.
     """
-    config = _read_checked(key.location, CONFIG, key.files[0])
+    config = read_checked(key.location, CONFIG, key.files[0])
     weights = open_weights(key, limits, immutable)
     try:
         return config, weights, weights.reader.is_cached()
@@ -185,7 +196,7 @@ def _open(
         raise
 
 
-def _read_checked(folder: str, name: str, identity: FileIdentity) -> bytes:
+def read_checked(folder: str, name: str, identity: FileIdentity) -> bytes:
     """Return the content of a small file; raise `IntegrityError` if it has another identity."""
     content = bytearray(identity.size)
     reader = FileReader(partial(open_same, os.path.join(folder, name), identity), identity, name)
@@ -196,10 +207,12 @@ def _read_checked(folder: str, name: str, identity: FileIdentity) -> bytes:
     return bytes(content)
 
 
-def find_adapter(location: LocalFolder, roots: Sequence[str], limits: Limits) -> AdapterKey:
+def find_adapter(
+    location: LocalFolder, roots: Sequence[str], limits: Limits, *, convert_bin: bool = False
+) -> AdapterKey:
     """Return the key of a folder: the first that exists below a root if its path is relative.
 
-    Else raise the first one's error.
+    Else raise the first one's error. See `LocalSource` for `convert_bin`.
     """
     anywhere = location.trusted or location.path.startswith("/")
     paths = [location.path] if anywhere else [os.path.join(root, location.path) for root in roots]
@@ -210,7 +223,8 @@ def find_adapter(location: LocalFolder, roots: Sequence[str], limits: Limits) ->
             with locate(path) as folder:
                 real_path = folder.real_path
                 if inside is None or _is_inside(real_path, inside):
-                    return _LocatedFolder(folder, real_path, location.trusted).key(limits)
+                    found = _LocatedFolder(folder, real_path, location.trusted)
+                    return found.key(limits, convert_bin=convert_bin)
         except OSError as error:
             real_path = ""
             with suppress(OSError):  # a link may not be read, as in another process's /proc
@@ -285,7 +299,7 @@ class _LocatedFolder(NamedTuple):
         # Another id may come from a client, who need not know where folders lie.
         return f"the folder {shorten(self.real_path, 500)!r}" if self.trusted else "the folder"
 
-    def key(self, limits: Limits) -> AdapterKey:
+    def key(self, limits: Limits, *, convert_bin: bool) -> AdapterKey:
         """Check the folder and its files."""
         if not stat.S_ISDIR(self.folder.status.st_mode):
             raise AdapterFormatError(
@@ -294,10 +308,17 @@ class _LocatedFolder(NamedTuple):
             )
         config = self._identity(CONFIG, limits.max_config_bytes)
         weights = self._identity(WEIGHTS, limits.max_adapter_bytes)
-        if weights is None:
+        pickle = None
+        if weights is None and self._status(INDEX_FILE) is None and convert_bin:
+            pickle = self._identity(PICKLE_FILE, limits.max_adapter_bytes)
+        if weights is None and pickle is None:
             raise self._lacking(config)
         if config is None:
             raise AdapterNotFoundError(f"{self._name} has no {CONFIG}")
+        if pickle is not None:
+            version = f"bin-{digest_of(repr((config, pickle)))[:32]}"
+            return RemoteKey(self.real_path, (config, pickle), version)
+        assert weights is not None
         return AdapterKey(self.real_path, (config, weights))
 
     def _lacking(self, config: FileIdentity | None) -> AdapterError:

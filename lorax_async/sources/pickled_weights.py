@@ -116,6 +116,20 @@ def convert(
     return target
 
 
+def convert_open(pickled: int, limits: Limits, is_cancelled: Callable[[], bool]) -> int:
+    """Convert an open pickle; return a descriptor of the safetensors, in memory. Blocks.
+
+    Raise as `convert`. The caller closes both.
+    """
+    written = os.memfd_create(WEIGHTS_FILE)
+    try:
+        _run(pickled, written, limits.max_adapter_bytes, SECONDS, is_cancelled)
+    except BaseException:
+        os.close(written)
+        raise
+    return written
+
+
 def _write_error(error: OSError) -> FetchError:
     return FetchError(
         f"{WEIGHTS_FILE} cannot be written ({code_of(error)}); check the disk and its folder, or"

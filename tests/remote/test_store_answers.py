@@ -190,15 +190,32 @@ def test_which_names_a_bucket_may_have_is_the_stores_answer(
     assert {asked.target.rpartition("/")[0] for asked in store.asked} == {f"/{bucket}/prefix"}
 
 
-@pytest.mark.parametrize("index", [True, False])
-def test_a_missing_file_without_right_to_list(store: FaultServer, index: bool) -> None:
-    """S3 answers 403 for 404 then, so the index is looked for all the same."""
+@pytest.mark.parametrize(
+    ("found", "error"),
+    [
+        ("index.json", errors.UnsupportedAdapterError),
+        ("adapter_model.bin", errors.AdapterNotFoundError),
+        ("", errors.AccessDeniedError),
+    ],
+)
+def test_a_missing_file_without_right_to_list(
+    store: FaultServer, found: str, error: type[errors.LoraxError]
+) -> None:
+    """S3 answers 403 for 404 then, so what is in its place is looked for all the same."""
     behaviours = {"adapter_model.safetensors": status("403 Forbidden")}
-    if not index:
-        behaviours["index.json"] = status("404 Not Found")
-    store.behave = of_names(behaviours)
-    with pytest.raises(errors.UnsupportedAdapterError if index else errors.AccessDeniedError):
+    missing = {"index.json", "adapter_model.bin"} - {found}
+    store.behave = of_names(behaviours | dict.fromkeys(missing, status("404 Not Found")))
+    with pytest.raises(error):
         located(ID)
+
+
+def test_a_pickle_is_located_for_an_operator_who_converts(store: FaultServer) -> None:
+    missing = dict.fromkeys(("adapter_model.safetensors", "index.json"), status("404 Not Found"))
+    store.behave = of_names(missing)
+    assert [file.name for file in located(ID, convert_bin=True).files] == [
+        "adapter_config.json",
+        "adapter_model.bin",
+    ]
 
 
 def test_an_untrusted_certificate(

@@ -161,10 +161,13 @@ async def test_a_config_has_a_limit() -> None:
 async def test_what_is_not_there_is_named() -> None:
     with world({WEIGHTS: DATA}) as it, pytest.raises(errors.AdapterNotFoundError, match=CONFIG):
         await it.locator.locate(it.ref())
+    with world({CONFIG: b"{}", "model.safetensors": DATA}) as it:
+        located = it.locator.locate(it.ref())
+        await fails(located, errors.AdapterNotFoundError, f"has no {WEIGHTS}; nothing else")
     with world({CONFIG: b"{}", "adapter_model.bin": b"pickled"}) as it:
-        with pytest.raises(errors.AdapterNotFoundError, match=f"has no {WEIGHTS}; nothing else"):
+        with pytest.raises(errors.AdapterNotFoundError, match=r"adapter_model.bin only.*convert"):
             await it.locator.locate(it.ref())
-        assert sorted(it.folder.names) == [CONFIG, WEIGHTS, INDEX], "and nothing else is asked for"
+        assert it.folder.asked[-1].fields["range"] == "bytes=0-0", "it was only looked for"
 
 
 @pytest.mark.parametrize("content", [b"{}", b" " * (FIRST_BYTES + 1)])

@@ -238,9 +238,11 @@ def bucket(kind: str, name: str) -> AzureStore | S3Store:
 
 
 @contextmanager
-def locator(threads: int = 2, *, signed_for: float = 600.0) -> Iterator[Locator]:
+def locator(
+    threads: int = 2, *, signed_for: float = 600.0, convert_bin: bool = False
+) -> Iterator[Locator]:
     with ThreadPoolExecutor(threads, "lorax-test") as pool:
-        made = StoreBackend(pool, signed_for=signed_for)
+        made = StoreBackend(pool, signed_for=signed_for, convert_bin=convert_bin)
         try:
             yield Locator(made)
         finally:
@@ -304,8 +306,8 @@ def stored(kind: str, path: str, begun: Callable[[str], Any]) -> Iterator[Store]
         yield Store(kind, path, google.port, stand_in)
 
 
-def located(id: str, revision: str | None = None) -> LocatedAdapter:
-    with locator() as made:
+def located(id: str, revision: str | None = None, *, convert_bin: bool = False) -> LocatedAdapter:
+    with locator(convert_bin=convert_bin) as made:
         return asyncio.run(made.locate(AdapterRef(id, revision=revision)))
 
 
