@@ -36,6 +36,7 @@ from lorax_async.cli.command_line import (
 from lorax_async.config import Limits, StoreConfig
 from lorax_async.devices.base_copies import BaseCopies
 from lorax_async.devices.cpu import CpuDevice
+from lorax_async.devices.staging import MOVE_BYTES
 from lorax_async.errors import LoraxError, shorten
 from lorax_async.files import locate, require_file, to_adapter_error
 from lorax_async.formats.peft_config import FIELDS, parse_config
@@ -53,7 +54,7 @@ from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.sharding import shard_layout
 from lorax_async.planning.transfer_plan import plan_transfer
 from lorax_async.remote.base import AdapterMetadata
-from lorax_async.runtime.assembly import MOVE_BYTES, StoreParts
+from lorax_async.runtime.assembly import StoreParts
 from lorax_async.sources.local import CONFIG, WEIGHTS, find_trusted_adapter
 from lorax_async.types import AdapterRef, AdapterSpec
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from lorax_async.cli.command_line import SIMULATION, adapter_folders
 from lorax_async.config import Limits
 from lorax_async.devices.base import Device
+from lorax_async.devices.staging import MOVE_BYTES
 from lorax_async.errors import ConfigError, LoraxError, shorten
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.safetensors import TensorDescription, parse_header, write_header
@@ -19,7 +20,6 @@ from lorax_async.lifecycle.adapter_state import GroupSizes
 from lorax_async.lifecycle.arena import FreeRuns, kinds_of
 from lorax_async.planning.layout import ModelLayout
 from lorax_async.planning.transfer_plan import plan_transfer
-from lorax_async.runtime.assembly import MOVE_BYTES
 from lorax_async.sources.local import CONFIG, find_trusted_adapter, open_weights
 
 

@@ -18,6 +18,9 @@ from lorax_async.planning.transfer_plan import ConvertMove, ReadMove, ZeroMove, 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ALIGNMENT = 64
 
+MOVE_BYTES = 4 << 20
+"""Bytes per cast through staging: few calls, and several casts fit the default ring."""
+
 
 def is_finite(values: torch.Tensor) -> bool:
     """Return whether floating-point values on the CPU hold neither NaN nor infinity.

@@ -15,7 +15,7 @@ from lorax_async.config import LoaderConfig, StoreConfig
 from lorax_async.devices.base import Device
 from lorax_async.devices.base_copies import BaseCopies
 from lorax_async.devices.cpu import CpuDevice
-from lorax_async.devices.staging import StagingRing
+from lorax_async.devices.staging import MOVE_BYTES, StagingRing
 from lorax_async.devices.transfer import GroupTransfer
 from lorax_async.errors import LoaderClosedError
 from lorax_async.ids import parse_allowed_ref
@@ -36,9 +36,6 @@ from lorax_async.sources.base import Source, SourceRouter
 from lorax_async.sources.local import LocalSource
 from lorax_async.sources.tensors import HostCopies, MemorySource
 from lorax_async.telemetry import Budget, Statistics, Telemetry, Tracer, Usage
-
-MOVE_BYTES = 4 << 20
-"""Bytes per cast through staging: few calls, and several casts fit the default ring."""
 
 METADATA_THREADS = 2
 
