@@ -575,20 +575,21 @@ class DownloadScheduler:
         """Return how many idle threads to wake: one at least, for stragglers. With the lock."""
         return max(1, self.wanted_threads() - sum(len(job.running) for job in self.jobs))
 
-    def exceeds_share(self, job: Job[Any]) -> bool:
+    def exceeds_share(self, job: Job[Any], *, by_more_urgent: bool = False) -> bool:
         """Whether the job has more threads than its share, and another fewer. With the lock.
 
-        Called between chunks, so that shares are computed every 10 ms only.
+        With `by_more_urgent`, only more urgent ones count. Called between chunks, so that shares
+        are computed every 10 ms only.
         """
-        if len(self.jobs) < 2:
-            return False
         now = self.clock()
         if now >= self._counted_at + _SHARES_SECONDS:
             self._counted_at, self._parts = now, {}
             for (each, _), part in self._shares(now).items():
                 self._parts[each] = self._parts.get(each, 0) + part
         return len(job.running) > self._parts.get(job, len(job.running)) and any(
-            len(other.running) < part for other, part in self._parts.items() if not other.over
+            len(other.running) < part
+            for other, part in self._parts.items()
+            if not other.over and (other.urgency < job.urgency or not by_more_urgent)
         )
 
     def reclaim(self) -> None:

@@ -55,7 +55,10 @@ _SPLIT_AFTER = 0.25
 
 _KEPT_BYTES = 512 << 10
 _KEPT_SECONDS = 0.1
-"""A piece with more left than this is handed over when others lack a connection."""
+"""A piece with more left than this is handed over when a more urgent job lacks a connection."""
+
+_ENDED_SECONDS = 0.5
+"""One that lasts longer than this, when any job does: what is left of it is requested again."""
 
 
 class _FileJob(Job[T]):
@@ -352,11 +355,19 @@ class Download(_FileJob[None]):
             if self.over:
                 raise AbortedError
             left = piece.stop - piece.at
-            soon = _KEPT_BYTES if piece.rate is None else int(piece.rate * _KEPT_SECONDS)
-            if left > min(soon, _KEPT_BYTES) and self.scheduler.exceeds_share(self):
+            if len(self.scheduler.jobs) > 1 and self._hands_over(piece, left):
                 return 0
             piece.claimed = piece.at + min(most, left)
             return piece.claimed - piece.at
+
+    def _hands_over(self, piece: DownloadPiece, left: int) -> bool:
+        """Whether another job may have the connection before these bytes are read."""
+        rate = piece.rate or self._link().rate
+        if rate is None:
+            return left > _KEPT_BYTES and self.scheduler.exceeds_share(self)
+        if left <= min(rate * _KEPT_SECONDS, _KEPT_BYTES):
+            return False
+        return self.scheduler.exceeds_share(self, by_more_urgent=left <= rate * _ENDED_SECONDS)
 
     def _as_whole(self, piece: DownloadPiece, attempt: Attempt) -> DownloadPiece:
         """Let this attempt's response be the whole file, and end the other attempts.

@@ -5,6 +5,7 @@ import random
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from range_downloads import (
 
 from link import Link
 from lorax_async.errors import FetchError, FetchTimeoutError, InternalError, LoraxError
+from lorax_async.http.download_scheduler import Job
 from lorax_async.http.range_downloader import PREFETCH, RangeDownloader
 from lorax_async.http.ranges import PieceSizes
 from lorax_async.http.settings import HttpSettings, Timeouts
@@ -267,3 +269,30 @@ def test_layer_0_comes_long_before_the_rest_of_a_throttled_load(tmp_path: Path) 
     assert dict(told)[1] < 0.3 * sink.times.count(1)
     assert counts["bytes"] == len(THROTTLED), "and every byte was sent once"
     assert counts["requests"] <= 1 + 4 * 6
+
+
+def test_downloads_that_begin_beside_others_have_no_byte_sent_twice(tmp_path: Path) -> None:
+    """Pieces that were requested before end where they are: a connection is free soon anyway."""
+    file = tmp_path / "weights"
+    layer = 1 << 20
+    file.write_bytes(bytes(LAYERS * layer))
+    groups = [[(n * layer, (n + 1) * layer)] for n in range(LAYERS)]
+    with (
+        Link({"w": file}, rate=2e7, delay=0.01) as link,
+        Engine(HttpSettings(connections=8, proxies={})) as engine,
+    ):
+        place = Target(parse_url(link.url("w")), "w", rules=Anywhere())
+        answer = engine.probe(place, HEADER).done.result(10)
+
+        def download(arrived: Callable[[int], None]) -> Job[None]:
+            return engine.download(answer, groups, lambda *_: None, arrived)
+
+        download(lambda _: None).done.result(20)  # the link is known now
+        link.counts(reset=True)
+        jobs, begun = list[Job[None]](), threading.Event()
+        jobs.append(download(lambda _: begun.set()))
+        assert begun.wait(20)
+        jobs += [download(lambda _: None) for _ in range(3)]
+        for job in jobs:
+            job.done.result(20)
+        assert link.counts()["bytes"] == 4 * LAYERS * layer
