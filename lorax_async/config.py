@@ -91,8 +91,8 @@ class ByteSize:
 class Limits:
     """Limits on untrusted adapters, in bytes or counts.
 
-    One Linear per expert, whose names are the longest, takes 142 bytes of header for each tensor;
-    160 are the default. Raise `max_header_bytes` with `max_tensors`.
+    The default header has 160 bytes for each of `max_tensors`. Adapters with one Linear per
+    expert, whose names are the longest, use 142. Raise both limits together.
     """
 
     max_header_bytes: ByteSize = ByteSize(10 * MiB)

@@ -571,15 +571,15 @@ class DownloadScheduler:
         wanted = sum(max(job.wanted(now), job.announced) for job in self.jobs if not job.over)
         return min(self.connections, wanted)
 
-    def wanted_more(self) -> int:
-        """Return how many idle threads to wake: one at least, for stragglers. With the lock."""
+    def threads_to_wake(self) -> int:
+        """Return how many idle threads have work, at least one for stragglers. With the lock."""
         return max(1, self.wanted_threads() - sum(len(job.running) for job in self.jobs))
 
     def exceeds_share(self, job: Job[Any], *, by_more_urgent: bool = False) -> bool:
         """Whether the job has more threads than its share, and another fewer. With the lock.
 
-        With `by_more_urgent`, only more urgent ones count. Called between chunks, so that shares
-        are computed every 10 ms only.
+        With `by_more_urgent`, only more urgent ones count. Called between chunks, so shares are
+        computed every 10 ms only.
         """
         now = self.clock()
         if now >= self._counted_at + _SHARES_SECONDS:
@@ -788,7 +788,7 @@ class WorkerPool:
         kept = self._pool.expire() or busy
         with scheduler.lock:
             if scheduler.jobs and not self.closed:
-                scheduler.changed.notify(scheduler.wanted_more())
+                scheduler.changed.notify(scheduler.threads_to_wake())
                 return _TICK_SECONDS
             if self.closed or not kept:
                 self._timer = None

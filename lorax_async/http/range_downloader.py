@@ -55,10 +55,12 @@ _SPLIT_AFTER = 0.25
 
 _KEPT_BYTES = 512 << 10
 _KEPT_SECONDS = 0.1
-"""A piece with more left than this is handed over when a more urgent job lacks a connection."""
+"""A piece with more left than this gives up its connection to a more urgent job."""
 
-_ENDED_SECONDS = 0.5
-"""One that lasts longer than this, when any job does: what is left of it is requested again."""
+_FINISHED_SECONDS = 0.5
+"""A piece that needs less time keeps its connection from other jobs: the rest of a piece that is
+given up is requested again.
+"""
 
 
 class _FileJob(Job[T]):
@@ -361,13 +363,13 @@ class Download(_FileJob[None]):
             return piece.claimed - piece.at
 
     def _hands_over(self, piece: DownloadPiece, left: int) -> bool:
-        """Whether another job may have the connection before these bytes are read."""
+        """Return whether another job gets the connection before these bytes are read."""
         rate = piece.rate or self._link().rate
         if rate is None:
             return left > _KEPT_BYTES and self.scheduler.exceeds_share(self)
         if left <= min(rate * _KEPT_SECONDS, _KEPT_BYTES):
             return False
-        return self.scheduler.exceeds_share(self, by_more_urgent=left <= rate * _ENDED_SECONDS)
+        return self.scheduler.exceeds_share(self, by_more_urgent=left <= rate * _FINISHED_SECONDS)
 
     def _as_whole(self, piece: DownloadPiece, attempt: Attempt) -> DownloadPiece:
         """Let this attempt's response be the whole file, and end the other attempts.

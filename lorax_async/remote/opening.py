@@ -353,6 +353,7 @@ class AdapterOpener:
             if entry is not None:
                 return entry
         try:
+            # A key with files is a local folder, which is looked up anew for each request.
             scope = PUBLIC if key.files else (await self._resolver.locate(key, control)).scope
         except AdapterError:
             # Only the caller whose digest refutes an entry may fail with its source.

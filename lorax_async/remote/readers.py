@@ -304,7 +304,7 @@ class EntryReader(CountedReader):
 
 
 class ConvertedReader(EntryReader):
-    """The `Reader` of an entry that was made of a pickle just downloaded."""
+    """The `EntryReader` of a pickle just downloaded: statistics count it as a download."""
 
 
 def read_first(entry: CacheEntry, name: str, nbytes: int | None = None) -> bytes:

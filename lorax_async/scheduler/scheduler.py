@@ -387,9 +387,9 @@ class AdapterScheduler:
         Returns
         -------
         Collection[Ticket]
-            The requests whose results do not count: those in `again`, those that ended before,
-            and those whose adapter has other bytes than it should. Where its files changed while
-            they were read, it is reloaded.
+            The requests whose results do not count: those in `again`, those that ended while the
+            batch was computed, and those whose adapter failed its integrity check. An adapter
+            whose files changed while they were read is reloaded.
 
         Raises
         ------

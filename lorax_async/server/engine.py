@@ -396,9 +396,11 @@ class Engine:
             for stream, token in outcome.tokens.items()
             if token in stream.generation.stop_tokens
         ]
-        void = self._scheduler.complete(batch, finished, again=outcome.again, failed=outcome.failed)
+        without_result = self._scheduler.complete(
+            batch, finished, again=outcome.again, failed=outcome.failed
+        )
         for row, stream in rows:
-            if row.ticket in void:
+            if row.ticket in without_result:
                 if stream in outcome.tokens:  # its first token, discarded: restart the sampler
                     stream.sampler = Sampler(stream.generation.sampling)
                 continue

@@ -309,7 +309,7 @@ class _LocatedFolder(NamedTuple):
         config = self._identity(CONFIG, limits.max_config_bytes)
         weights = self._identity(WEIGHTS, limits.max_adapter_bytes)
         pickle = None
-        if weights is None and self._status(INDEX_FILE) is None and convert_bin:
+        if convert_bin and weights is None and self._status(INDEX_FILE) is None:
             pickle = self._identity(PICKLE_FILE, limits.max_adapter_bytes)
         if weights is None and pickle is None:
             raise self._lacking(config)

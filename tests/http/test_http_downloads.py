@@ -272,7 +272,7 @@ def test_layer_0_comes_long_before_the_rest_of_a_throttled_load(tmp_path: Path) 
 
 
 def test_downloads_that_begin_beside_others_have_no_byte_sent_twice(tmp_path: Path) -> None:
-    """Pieces that were requested before end where they are: a connection is free soon anyway."""
+    """Running pieces finish; no other connection requests the rest of them again."""
     file = tmp_path / "weights"
     layer = 1 << 20
     file.write_bytes(bytes(LAYERS * layer))

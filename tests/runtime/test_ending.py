@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AsyncExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -397,38 +398,31 @@ async def test_a_group_that_arrives_as_its_fetch_fails(
     assert not caplog.records
 
 
-async def test_a_file_that_is_fetched_stays_open_for_its_copies(tmp_path: Path) -> None:
+@pytest.mark.parametrize("streams_on", [True, False])
+async def test_a_file_is_opened_once_for_its_fetch_and_its_copies(
+    tmp_path: Path, streams_on: bool
+) -> None:
+    """Also if the caller leaves while two groups are copied and the rest is fetched."""
     source = make_source(tmp_path, "a")
     source.hold("a")
     there, device = watched(source, max_slots=1, io_threads=2)
     async with there:
         device.gate.clear()
         hint = there.prefetch("a", tier="disk")
-        async with there.stream("a") as handle:
+        async with AsyncExitStack() as held:
+            streamed = await held.enter_async_context(there.stream("a"))
             source.allow("a", 0, 1)
             await until(lambda: device.copies == 2)
+            if not streams_on:
+                await held.aclose()
             source.allow("a")
             await hint
             device.gate.set()
-            await handle.layer_ready(3)
-            tiny.assert_equal_to_file(handle, tmp_path / "a")
-        assert source.counts.opens == 1
-
-
-async def test_a_copy_that_is_wanted_no_longer_reads_its_file_to_the_end(tmp_path: Path) -> None:
-    source = make_source(tmp_path, "a")
-    source.hold("a")
-    there, device = watched(source, max_slots=1, io_threads=2)
-    async with there:
-        device.gate.clear()
-        hint = there.prefetch("a", tier="disk")
-        async with there.stream("a"):
-            source.allow("a", 0, 1)
-            await until(lambda: device.copies == 2)
-        source.allow("a")
-        await hint
-        device.gate.set()
-        await until(lambda: state(there, "a") == "present")
+            if streams_on:
+                await streamed.layer_ready(3)
+                tiny.assert_equal_to_file(streamed, tmp_path / "a")
+            else:
+                await until(lambda: state(there, "a") == "present")
         async with await there.load("a") as handle:
             tiny.assert_equal_to_file(handle, tmp_path / "a")
         assert there.statistics().failures == 0

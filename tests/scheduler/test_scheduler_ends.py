@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from cancellation_sweep import stepwise
+from event_loops import until
 from scheduler_world import MANY, VirtualClock, finish, held, opened, rows, step, turns, warm
 from tiny_loaders import fails
 from tiny_sources import make_source, over
@@ -42,6 +43,20 @@ async def _serve(scheduler: AdapterScheduler, ticket: Ticket) -> None:
             wanted.cancel()
             await asyncio.wait([wanted])
     await asyncio.wait([ended])
+
+
+async def test_a_load_ends_with_its_last_request(tmp_path: Path) -> None:
+    async with (
+        opened(make_source(tmp_path, "a", "b"), {"max_slots": 1}) as (loader, scheduler),
+        await loader.load("b"),
+    ):
+        first, last = (scheduler.submit(Request("a", 1, 1)) for _ in range(2))
+        await until(lambda: loader.placement().usage.waiting)
+        first.cancel()
+        await asyncio.sleep(0.01)
+        assert loader.placement().usage.waiting
+        last.cancel()
+        await until(lambda: not loader.placement().usage.waiting)
 
 
 @pytest.mark.each_loop

@@ -101,7 +101,7 @@ LOADER: Mutants = {
     "driver: what a subscriber causes comes after": mutant(
         f"{HANDLES}::test_a_subscriber_unpins", (Driver, "_execute", _obeyed_at_once)),
     "fetches: a reader stays open while it is copied from": mutant(
-        f"{ENDING}::test_a_file_that_is_fetched_stays_open_for_its_copies",
+        f"{ENDING}::test_a_file_is_opened_once_for_its_fetch_and_its_copies",
         (FetchTasks, "close_idle_reader", lambda self, key: self.close_reader(key))),
     "replace: calls with one name come in their order": mutant(
         "runtime/test_replacing.py::test_several_replacements_at_once_come_in_their_order",

@@ -51,7 +51,7 @@ SCHEDULING: Mutants = {
     "scheduler: a preempted request gives its place back": mutant(
         f"{BATCHES}::test_preempting_ends", skipped(AdapterQueues, "preempt")),
     "scheduler: a load ends with its last request": mutant(
-        f"{BATCHES}::test_a_request_may_begin_when_another_is_cancelled_that_lost_its_slot",
+        f"{ENDS}::test_a_load_ends_with_its_last_request",
         (LoadQueue, "remove", _forgotten_but_loaded)),
     "scheduler: a request joins the version that its ref means now": mutant(
         "runtime/test_freshness.py::test_a_replaced_adapter_serves_only_requests_that_began_before",
