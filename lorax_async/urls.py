@@ -57,8 +57,13 @@ class Origin(NamedTuple):
     @property
     def authority(self) -> str:
         """The `Host` field: the port only where it is not the scheme's default."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.explicit_port is None else f"{host}:{self.port}"
+        return _authority(self)
+
+
+@lru_cache(256)  # for each request
+def _authority(origin: Origin) -> str:
+    host = f"[{origin.host}]" if ":" in origin.host else origin.host
+    return host if origin.explicit_port is None else f"{host}:{origin.port}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,12 @@ import socket
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from ipaddress import ip_address
 from itertools import count
 from threading import Lock, Thread
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from lorax_async.concurrency import SharedResource, close_all, complete
 from lorax_async.errors import AccessDeniedError, FetchError
@@ -155,15 +154,12 @@ class ConnectionPool:
 
         It may have been opened under other rules: its address is checked again.
         """
-
-        def suits(idle: Connection) -> bool:
-            same = idle.origin == url.origin
-            return same and (idle.address is None or _is_allowed(idle.address, url, rules))
-
         while True:
             with self._lock:
-                connection = next(filter(suits, reversed(self._idle)), None)
-                if connection is None:
+                for connection in reversed(self._idle):
+                    if connection.origin == url.origin and _may_carry(connection, url, rules):
+                        break
+                else:
                     return None
                 self._idle.remove(connection)
             try:
@@ -305,6 +301,16 @@ def _require_name(host: str) -> None:
         raise FetchError(f"the host {host!r} is no name", retryable=False) from error
 
 
+def _may_carry(idle: Connection, url: Url, rules: Rules) -> bool:
+    """Whether the rules allow a connection's address for this URL; remember the last one."""
+    last_url, last_rules = idle.allowed_for
+    if last_url is not url or last_rules is not rules:
+        if idle.address is not None and not _is_allowed(idle.address, url, rules):
+            return False
+        idle.allowed_for = url, rules
+    return True
+
+
 def _is_allowed(text: str, url: Url, rules: Rules) -> bool:
     address, public = _address(text)
     return public or rules.allows_address(url, address)
@@ -377,7 +383,7 @@ _UNKNOWN = LinkModel()
 
 @dataclass(slots=True)
 class Response:
-    """A head, and a body to be read. Call `release` in the end."""
+    """A head, and a body to be read. A `with` block releases it in the end."""
 
     client: HttpClient
     connection: Connection
@@ -410,6 +416,12 @@ class Response:
             self.location.url.origin, self.reception, count
         )
         return count
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Keep the connection if it may carry another request, else close it."""
@@ -456,11 +468,7 @@ class HttpClient:
             attempt.origin = url.origin
             fields = self._fields(target, location, span, validators)
             try:
-                response = None
-                # On an idle connection; if that was closed meanwhile, on a new one.
-                if (idle := self.pool.take(url, target.rules, attempt)) is not None:
-                    with suppress(ConnectionError):
-                        response = self._send(idle, fields, location, attempt, span)
+                response = self._send_idle(target, fields, location, attempt, span)
                 if response is None:
                     fresh = self.pool.open(url, target.rules, attempt)
                     response = self._send(fresh, fields, location, attempt, span)
@@ -475,6 +483,23 @@ class HttpClient:
                 location = self._next_location(target, response)
             finally:
                 response.release()
+
+    def _send_idle(
+        self,
+        target: Target,
+        fields: list[str],
+        location: ResolvedLocation,
+        attempt: Attempt,
+        span: ByteRange | None,
+    ) -> Response | None:
+        """Send on an idle connection; None if there is none, or it was closed meanwhile."""
+        idle = self.pool.take(location.url, target.rules, attempt)
+        if idle is None:
+            return None
+        try:
+            return self._send(idle, fields, location, attempt, span)
+        except ConnectionError:
+            return None
 
     def _next_location(self, target: Target, response: Response) -> ResolvedLocation:
         before = response.location

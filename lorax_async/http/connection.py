@@ -1,12 +1,12 @@
 """One connection: a socket that any thread may shut down, and the responses read from it.
 
-`http.client.HTTPResponse` parses. Below it, `_Receiver` bounds what a server may do: the size and
-the time of a head, and the throughput of a body.
+HTTP/1 is read here (RFC 9112): `http.client` spends 90 Python calls on each head, and each read of
+a body passes three of its layers. What a server may do is bounded: the size and the time of a head,
+and the throughput of a body.
 """
 
 from __future__ import annotations
 
-import io
 import re
 import select
 import socket
@@ -14,20 +14,19 @@ import ssl
 import struct
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from email.errors import FirstHeaderLineIsContinuationDefect, MissingHeaderBodySeparatorDefect
-from http.client import HTTPException, HTTPMessage, HTTPResponse, IncompleteRead
+from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING, cast
 
 from lorax_async.errors import FetchError
-from lorax_async.http.failures import AbortedError, RetryableError, broken_off, timeout_error
-from lorax_async.http.settings import Proxy, Timeouts
-from lorax_async.urls import Origin
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
+from lorax_async.http.failures import (
+    AbortedError,
+    RetryableError,
+    UnansweredError,
+    broken_off,
+    timeout_error,
+)
+from lorax_async.http.settings import Proxy, Rules, Timeouts
+from lorax_async.urls import Origin, Url
 
 MAX_HEAD_BYTES = 64 << 10
 _BUFFER_BYTES = 8 << 10
@@ -35,8 +34,15 @@ _MIN_READ_BYTES = 64 << 10
 _REPORTED_SECONDS = 0.05
 """Wait this long, at most, for bytes before progress is visible to others."""
 
+_BEGINNING = b"HTTP/1."
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
+_STATUS = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")
+_FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[\t ]*([\t\x20-\x7e\x80-\xff]*)")
 _LENGTH = re.compile(r"[0-9]{1,18}")
-_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[\t ]*(?:;.*)?")
+_MAX_FIELDS = 100
+_INTERIM = frozenset({100, 102, 103})
+_BODILESS = frozenset({204, 304})
 _UNIQUE = frozenset(
     {
         *("content-length", "content-range", "transfer-encoding", "content-encoding", "location"),
@@ -44,8 +50,6 @@ _UNIQUE = frozenset(
     }
 )
 """Refused when they are repeated with different values: it is not clear which one counts."""
-
-_DEFECTS = (FirstHeaderLineIsContinuationDefect, MissingHeaderBodySeparatorDefect)
 
 
 class Connection:
@@ -56,8 +60,8 @@ class Connection:
 
     Errors name the `peer`: the origin, or the proxy while that opens a tunnel. Requests name their
     URL whole if `proxy` is set. `address` is that of the other end, where that is the host;
-    `number` is unique in a pool. `received` counts bytes over all requests, in the thread that
-    reads.
+    `allowed_for` the last URL and rules that it was compared with. `number` is unique in a pool.
+    `received` counts bytes over all requests, in the thread that reads.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Connection:
         self.peer = str(origin)
         self.proxy: Proxy | None = None
         self.address: str | None = None
+        self.allowed_for: tuple[Url | None, Rules | None] = None, None
         self.number = number
         self.idle_since = 0.0
         self.received = 0
@@ -74,10 +79,15 @@ class Connection:
         self._socket: socket.socket | None = None
         self._is_tls = False
         self._aborted = False
-        self._receiver = _Receiver(self, timeouts, clock)
-        self._reader = _SocketReader(self._receiver, _BUFFER_BYTES)
-        self._response: HTTPResponse | None = None
-        self._broken = False
+        self._timeouts = timeouts
+        self._clock = clock
+        self._scratch = memoryview(bytearray(_BUFFER_BYTES))
+        self._buffered = bytearray()
+        """Received with a head or a line, and not read yet."""
+
+        self._head_bytes = 0
+        self._body = _Body(0, chunked=False)
+        self._stays_open = False
 
     # -- the socket -------------------------------------------------------------------------------
 
@@ -151,60 +161,75 @@ class Connection:
                     socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close the socket, and the last response, from the thread that uses it. Idempotent."""
+        """Close the socket, from the thread that uses it. Idempotent."""
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
-        # Its finaliser flushes the reader, which the garbage collector may have closed before it.
-        if self._response is not None:
-            self._response.close()
 
     # -- responses --------------------------------------------------------------------------------
-
-    def makefile(self, *_: object) -> io.BufferedReader:
-        """Return what `http.client` reads from: the same for each response."""
-        return self._reader
 
     def receive_head(self) -> ResponseHead:
         """Receive the next head that is no interim one.
 
         Raises `OSError`, `RetryableError`, `AbortedError`, and `FetchError` for what is malformed.
         """
-        self._receiver.begin_head()
-        response = None
-        while response is None or response.status in {102, 103}:
-            response = HTTPResponse(cast(socket.socket, self), method="GET")
-            self._response = response
-            try:
-                response.begin()
-            except OSError:
-                raise
-            except HTTPException as error:
-                raise self._malformed(type(error).__name__) from None
-        self._receiver.begin_body()
-        fields = self._fields(response.msg)
+        deadline, self._head_bytes = self._clock() + self._timeouts.read, 0
+        while True:
+            minor, status, fields = self._parse_head(self._read_head(deadline))
+            if status not in _INTERIM:
+                break
         coding, length = fields.get("transfer-encoding"), fields.get("content-length")
         if coding is not None and (coding.lower() != "chunked" or length is not None):
             raise self._malformed("the form of its body is not clear")
         if length is not None and not _LENGTH.fullmatch(length):
             raise self._malformed("its Content-Length is no number")
-        return ResponseHead(response.status, fields, response.length)
+        nbytes = None if length is None else int(length)
+        if status < 200 or status in _BODILESS:
+            nbytes = 0
+        self._body = _Body(nbytes, chunked=coding is not None)
+        kept = fields.get("connection", "").lower()
+        has_end = nbytes is not None or coding is not None
+        self._stays_open = has_end and ("close" not in kept if minor else "keep-alive" in kept)
+        return ResponseHead(status, fields, nbytes)
 
-    def _fields(self, message: HTTPMessage) -> dict[str, str]:
-        """Return the fields, which `http.client` takes as they come."""
-        if any(isinstance(defect, _DEFECTS) for defect in message.defects):
-            raise self._malformed("a field of it is malformed")
+    def _read_head(self, deadline: float) -> bytes:
+        """Read on to the empty line, and refuse at once what is no head."""
+        seen = 0
+        while (end := _HEAD_END.search(self._buffered, seen)) is None:
+            seen = max(0, len(self._buffered) - 3)
+            if not self._buffered.startswith(_BEGINNING[: len(self._buffered)]):
+                raise self._malformed("it does not begin as one")
+            if self._head_bytes > MAX_HEAD_BYTES:
+                raise FetchError(f"{self.peer} sent a response whose head has no end")
+            count = self._buffer(self.receive(self._scratch, all_of_it=False))
+            if not count:
+                raise broken_off(self.peer) if self._buffered else UnansweredError()
+            if self._clock() > deadline:
+                raise timeout_error(f"{self.peer} did not send the head of its response in time")
+            self._head_bytes += count
+        head = bytes(self._buffered[: end.start()])
+        del self._buffered[: end.end()]
+        return head
+
+    def _parse_head(self, head: bytes) -> tuple[int, int, dict[str, str]]:
+        """Return the minor version, the status and the fields."""
+        begin, *lines = head.decode("latin-1").replace("\r\n", "\n").split("\n")
+        version = _STATUS.fullmatch(begin)
+        if version is None:
+            raise self._malformed("its first line is none of HTTP/1")
+        if len(lines) > _MAX_FIELDS:
+            raise self._malformed("it has too many fields")
         fields: dict[str, str] = {}
-        for name, text in message.raw_items():
-            name, value = name.lower(), text.strip(" \t")  # noqa: PLW2901 - normalized
-            if not _VALUE.fullmatch(value):
-                raise self._malformed("a field of it has control characters")
+        for line in lines:
+            if (field := _FIELD.fullmatch(line)) is None:
+                raise self._malformed("a field of it is malformed")
+            name, value = field[1].lower(), field[2].rstrip(" \t")
             before = fields.get(name)
             if before is not None and name in _UNIQUE and before != value:
                 raise self._malformed(f"it has two different {name} fields")
             joined = before is not None and name not in _UNIQUE
             fields[name] = f"{before}, {value}" if joined else value
-        return fields
+        return int(version[1]), int(version[2]), fields
 
     def _malformed(self, problem: str) -> FetchError:
         return FetchError(f"{self.peer} sent a malformed response: {problem}")
@@ -214,139 +239,130 @@ class Connection:
 
         A failure is raised by the call that has no byte to return. Raises as `receive_head` does.
         """
-        assert self._response is not None
-        receiver, got = self._receiver, 0
-        while got < len(view):
+        body, got = self._body, 0
+        while got < len(view) and not body.ended and body.failure is None:
             # Wait for few bytes in one call on a slow link, so that progress is visible there.
             size = _MIN_READ_BYTES
-            if receiver.seconds > 0:
-                size = max(size, int(receiver.nbytes / receiver.seconds * _REPORTED_SECONDS))
-            part = view[got : got + size]
+            if body.seconds > 0:
+                size = max(size, int(body.nbytes / body.seconds * _REPORTED_SECONDS))
             try:
-                count = self._response.readinto(part)
-            except IncompleteRead as error:
-                count, self._broken = len(error.partial), True
-            except HTTPException as error:
-                raise self._malformed(type(error).__name__) from None
-            got += count
-            if count < len(part):
-                break
-        if not got and len(view):
-            if self._receiver.failure is not None:
-                raise self._receiver.failure
-            if self._broken or self._response.length:
-                raise broken_off(self.peer)
+                got += self._read(body, view[got : got + size])
+            except (OSError, AbortedError, RetryableError, FetchError) as error:
+                body.failure = error
+        if body.failure is not None and not got and len(view):
+            raise body.failure
         return got
+
+    def _read(self, body: _Body, view: memoryview) -> int:
+        """Read some bytes of the body; 0 at its end."""
+        if body.chunked and not body.left and not self._begin_chunk(body):
+            body.ended = True
+            return 0
+        if body.left is not None:
+            view = view[: body.left]
+        if self._buffered:
+            count = min(len(view), len(self._buffered))
+            view[:count] = self._buffered[:count]
+            del self._buffered[:count]
+        else:
+            count = self._receive_body(body, view, all_of_it=True)
+        if body.left is None:
+            body.ended = not count
+        elif not count:
+            raise broken_off(self.peer)
+        else:
+            body.left -= count
+            body.ended = not body.left and not body.chunked
+        return count
+
+    def _begin_chunk(self, body: _Body) -> int:
+        """Read the size of the next chunk, which is 0 after the last one, with its trailer."""
+        if body.left is not None and self._read_line(body):
+            raise self._malformed("a chunk of it has no end")
+        size = _CHUNK.fullmatch(self._read_line(body))
+        if size is None:
+            raise self._malformed("the size of a chunk is no number")
+        body.left = int(size[1], 16)
+        if not body.left:
+            lines = 0
+            while self._read_line(body):
+                if (lines := lines + 1) > _MAX_FIELDS:
+                    raise self._malformed("it has too many fields")
+        return body.left
+
+    def _read_line(self, body: _Body) -> bytes:
+        while (end := self._buffered.find(b"\n")) < 0:
+            if len(self._buffered) > _BUFFER_BYTES:
+                raise self._malformed("a line of it has no end")
+            if not self._buffer(self._receive_body(body, self._scratch, all_of_it=False)):
+                raise broken_off(self.peer)
+        line = bytes(self._buffered[: end + 1])
+        del self._buffered[: end + 1]
+        if not line.endswith(b"\r\n"):  # a chunk that lost a byte would take the first one
+            raise self._malformed("a line of it has no end")
+        return line[:-2]
+
+    def _buffer(self, count: int) -> int:
+        self._buffered += self._scratch[:count]
+        return count
+
+    def _receive_body(self, body: _Body, view: memoryview, *, all_of_it: bool) -> int:
+        """Receive, count the seconds, and refuse what is too slow for too long."""
+        begun = self._clock()
+        count = self.receive(view, all_of_it=all_of_it)
+        body.nbytes += count
+        body.seconds += self._clock() - begun
+        seconds = body.seconds - body.checked[1]
+        if seconds >= self._timeouts.over:
+            rate = (body.nbytes - body.checked[0]) / seconds
+            body.checked = body.nbytes, body.seconds
+            if rate < self._timeouts.slowest:
+                raise timeout_error(
+                    f"{self.peer} sent {rate:,.0f} bytes per second, less than the"
+                    f" {self._timeouts.slowest:,.0f} that are required"
+                )
+        return count
 
     def measured(self) -> tuple[int, float | None]:
         """Return the body's bytes so far, and how many came per second of waiting for them."""
-        nbytes, seconds = self._receiver.nbytes, self._receiver.seconds
+        nbytes, seconds = self._body.nbytes, self._body.seconds
         return nbytes, nbytes / seconds if seconds > 0 else None
 
     @property
     def body_ended(self) -> bool:
         """Whether the body was read whole."""
-        response = self._response
-        if response is None or self._broken or self._receiver.failure is not None:
-            return False
-        return response.isclosed() if response.length is None else not response.length
+        return self._body.ended
 
     @property
     def is_reusable(self) -> bool:
         """Whether another request may follow."""
-        response = self._response
-        stays_open = response is not None and not response.will_close
-        return stays_open and self.body_ended and self.is_drained
+        return self._stays_open and self._body.ended and self.is_drained
 
     @property
     def is_drained(self) -> bool:
         """Whether nothing is left of what came."""
-        self._receiver.paused = True
-        try:
-            return not self._reader.peek()
-        finally:
-            self._receiver.paused = False
+        return not self._buffered
 
 
-class _Receiver(io.RawIOBase):
-    """The raw stream below `http.client`.
+@dataclass(slots=True)
+class _Body:
+    """A body that is being read.
 
-    In a head it raises. In a body it keeps the failure and reports the end instead, so that the
-    buffer above returns the bytes that came before. It measures the seconds of waiting for the
-    body's bytes, and refuses what is too slow for too long.
+    `left` bytes are still to come of it, or of its present chunk; if None, it ends with the
+    connection, or no chunk has begun. `nbytes` came in `seconds` of waiting, and those in `checked`
+    came fast enough. A `failure` is that of its last read.
     """
 
-    def __init__(
-        self, connection: Connection, timeouts: Timeouts, clock: Callable[[], float]
-    ) -> None:
-        self._connection = connection
-        self._timeouts = timeouts
-        self._clock = clock
-        self._head_deadline: float | None = None
-        self._head_bytes = 0
-        self.paused = False
-        """Read nothing: for a look at what is buffered."""
+    left: int | None
+    chunked: bool
+    ended: bool = field(init=False)
+    failure: Exception | None = None
+    nbytes: int = 0
+    seconds: float = 0.0
+    checked: tuple[int, float] = (0, 0.0)
 
-        self.failure: Exception | None = None
-        self.begin_body()
-
-    def begin_head(self) -> None:
-        self._head_deadline = self._clock() + self._timeouts.read
-        self._head_bytes = 0
-
-    def begin_body(self) -> None:
-        self._head_deadline = None
-        self.nbytes, self.seconds = 0, 0.0
-        self._checked = (0, 0.0)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        view = memoryview(buffer)
-        if self.paused or self.failure is not None:
-            return 0
-        if self._head_deadline is not None:
-            return self._receive_head(view, self._head_deadline)
-        begun = self._clock()
-        try:
-            # A larger view than the buffer is the caller's own, and has room for no other bytes.
-            count = self._connection.receive(view, all_of_it=len(view) > _BUFFER_BYTES)
-            self.nbytes += count
-            self.seconds += self._clock() - begun
-            if self.seconds - self._checked[1] >= self._timeouts.over:
-                self._check_rate()
-        except (OSError, AbortedError, RetryableError) as error:
-            self.failure = error
-            return 0
-        return count
-
-    def _check_rate(self) -> None:
-        """Raise `RetryableError` below `Timeouts.slowest`, on average since the last check."""
-        nbytes, seconds = self.nbytes - self._checked[0], self.seconds - self._checked[1]
-        if nbytes / seconds < self._timeouts.slowest:
-            raise timeout_error(
-                f"{self._connection.peer} sent {nbytes / seconds:,.0f} bytes per second, less"
-                f" than the {self._timeouts.slowest:,.0f} that are required"
-            )
-        self._checked = (self.nbytes, self.seconds)
-
-    def _receive_head(self, view: memoryview, deadline: float) -> int:
-        peer = self._connection.peer
-        if self._head_bytes > MAX_HEAD_BYTES:
-            raise FetchError(f"{peer} sent a response whose head has no end")
-        count = self._connection.receive(view, all_of_it=False)
-        if not count and self._head_bytes:  # http.client would take the part for the whole
-            raise broken_off(peer)
-        if count and self._clock() > deadline:
-            raise timeout_error(f"{peer} did not send the head of its response in time")
-        self._head_bytes += count
-        return count
-
-
-class _SocketReader(io.BufferedReader):
-    def close(self) -> None:
-        """Stay open: `http.client` closes it after each response, and the connection goes on."""
+    def __post_init__(self) -> None:
+        self.ended = self.left == 0
 
 
 @dataclass(frozen=True, slots=True)

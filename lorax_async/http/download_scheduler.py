@@ -208,6 +208,9 @@ class Job(ABC, Generic[T]):
     def __init__(self, scheduler: DownloadScheduler, urgency: int, timeout: float) -> None:
         self.scheduler = scheduler
         self.urgency = urgency
+        self.origin: Hashable = None
+        """The origin of its next request."""
+
         self.deadline = scheduler.clock() + timeout
         self.done: Future[T] = Future()
         self.done.set_running_or_notify_cancel()
@@ -224,11 +227,6 @@ class Job(ABC, Generic[T]):
         self.over = False
         self.error: LoraxError | None = None
         self.result: T | None = None
-
-    @property
-    def origin(self) -> Hashable:
-        """The origin of its next request."""
-        return None
 
     @abstractmethod
     def work(self, piece: DownloadPiece, attempt: Attempt, buffer: memoryview) -> None:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from http.client import RemoteDisconnected
 
 from lorax_async.errors import (
     AccessDeniedError,
@@ -74,6 +73,10 @@ def retry_after_of(text: str, now: float) -> float | None:
 
 class AbortedError(Exception):
     """Another thread ended this attempt: its job was cancelled, failed, or no longer needs it."""
+
+
+class UnansweredError(ConnectionError):
+    """The connection was closed before a byte of the response came."""
 
 
 class RetryableError(Exception):
@@ -152,7 +155,7 @@ def io_error(error: OSError, peer: str) -> RetryableError | AdapterError:
         )
     if isinstance(error, TimeoutError | BlockingIOError):
         return timeout_error(f"{peer} did not answer in time")
-    if isinstance(error, RemoteDisconnected):
+    if isinstance(error, UnansweredError):
         return RetryableError(FetchError(f"{peer} closed the connection without an answer"))
     if error.errno in _DESCRIPTOR_LIMITS:
         code = errno.errorcode[error.errno or 0]

@@ -7,9 +7,9 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
@@ -31,7 +31,6 @@ from lorax_async.http.target import (
     check_response,
 )
 from lorax_async.telemetry import Tracer
-from lorax_async.urls import Origin
 
 NeededBytes = Callable[[memoryview, Validators], int]
 """How many of the first bytes are needed, by those that came and the file's validators."""
@@ -70,27 +69,25 @@ class _FileJob(Job[T]):
     _target: Target
     _location: ResolvedLocation
 
-    @property
-    def origin(self) -> Origin:
-        return self._location.url.origin
+    def _move(self, location: ResolvedLocation) -> None:
+        """Request at this location from here on."""
+        self._location, self.origin = location, location.url.origin
 
-    @contextmanager
     def _request(
         self, span: ByteRange | None, expected: Validators, attempt: Attempt
-    ) -> Iterator[tuple[Response, Content]]:
+    ) -> tuple[Response, Content]:
         """Request the file, or a span of it, and check the head of the response."""
         target, location = self._target, self._location
         response = self._client.get(target, location, span, expected, attempt)
         try:
             what = f"{target.name} at {response.location.url}"
-            yield response, check_response(response.head, span, expected, what)
-        except (AccessDeniedError, AdapterNotFoundError) as error:
-            if location.hop == 0:
-                raise
-            self._location = target.location  # signed locations expire: follow redirects anew
-            raise RetryableError(error) from error
-        finally:
+            return response, check_response(response.head, span, expected, what)
+        except BaseException as error:
             response.release()
+            if location.hop == 0 or not isinstance(error, AccessDeniedError | AdapterNotFoundError):
+                raise
+            self._move(target.location)  # signed locations expire: follow redirects anew
+            raise RetryableError(error) from error
 
 
 class ProbeRequest(_FileJob[ProbeResult]):
@@ -115,9 +112,10 @@ class ProbeRequest(_FileJob[ProbeResult]):
         super().__init__(scheduler, urgency, timeout)
         self._client = client
         self._target = target
-        self._location, url = target.location, target.redirected_to
+        location, url = target.location, target.redirected_to
         if url is not None:
-            self._location = ResolvedLocation(url, 1, trusted=url.origin == target.url.origin)
+            location = ResolvedLocation(url, 1, trusted=url.origin == target.url.origin)
+        self._move(location)
         self._nbytes = nbytes
         self._ranged = ranged
         self._needed_bytes = needed_bytes
@@ -128,7 +126,8 @@ class ProbeRequest(_FileJob[ProbeResult]):
         span = (0, self._nbytes) if self._ranged else None
         rest, came = Future[memoryview](), memoryview(b"")
         try:
-            with self._request(span, Validators(), attempt) as (response, content):
+            response, content = self._request(span, Validators(), attempt)
+            with response:
                 data, got = self._read(response, content)
                 validators, head = content.validators, response.head
                 if content.stop is None and got < self._nbytes:  # it has ended: that is its size
@@ -213,7 +212,7 @@ class Download(_FileJob[None]):
         self._client = client
         self._connections = connections
         self._target = probe.target
-        self._location = probe.location
+        self._move(probe.location)
         self._validators = probe.validators
         self._sink = sink
         self._arrived = arrived
@@ -254,7 +253,7 @@ class Download(_FileJob[None]):
         return max(1, min(self._connections, int(self.limit)))
 
     def _link(self) -> LinkEstimate:
-        return self._client.links.estimate(self.origin)
+        return self._client.links.estimate(self._location.url.origin)
 
     def take(self, now: float) -> DownloadPiece | None:
         if self._whole is not None:
@@ -315,10 +314,12 @@ class Download(_FileJob[None]):
 
     def work(self, piece: DownloadPiece, attempt: Attempt, buffer: memoryview) -> None:
         span = None if piece is self._whole else (piece.at, piece.stop)
-        with self._request(span, self._validators, attempt) as (response, content):
+        response, content = self._request(span, self._validators, attempt)
+        with response:
             if response.request_span.recording and span is not None:
                 response.request_span.set(groups=self._arrivals.groups_in(span))
-            self._location = response.location
+            if response.location is not self._location:
+                self._move(response.location)
             if content.validators.size is not None and content.validators.size < self._stop:
                 raise IntegrityError(f"{self._target.name} is shorter than its header says")
             if response.head.status == 200:

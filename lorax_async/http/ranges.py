@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import ceil
@@ -268,9 +268,11 @@ class GroupArrivals:
         groups = [group for group, _ in self._overlaps(span)]
         return [min(groups), max(groups)] if groups else []
 
-    def _overlaps(self, span: ByteRange) -> Iterator[tuple[int, int]]:
-        """Yield the group and the size of each overlap of its spans with this one."""
+    def _overlaps(self, span: ByteRange) -> list[tuple[int, int]]:
+        """Return the group and the size of each overlap of its spans with this one."""
         first = max(0, bisect_right(self._starts, span[0]) - 1)
-        for start, stop, group in self._spans[first : bisect_left(self._starts, span[1])]:
-            if span[0] < stop:
-                yield group, min(stop, span[1]) - max(start, span[0])
+        return [
+            (group, min(stop, span[1]) - max(start, span[0]))
+            for start, stop, group in self._spans[first : bisect_left(self._starts, span[1])]
+            if span[0] < stop
+        ]

@@ -33,12 +33,8 @@ class Pieces(Job[None]):
     def __init__(self, scheduler: DownloadScheduler, count: int, origin: str, urgency: int) -> None:
         super().__init__(scheduler, urgency, timeout=1_000.0)
         self.pending = [DownloadPiece(n, 10 * n, 10 * n + 10) for n in range(count)]
-        self.name = origin
+        self.origin = origin
         scheduler.jobs.append(self)
-
-    @property
-    def origin(self) -> str:
-        return self.name
 
     def work(self, piece: DownloadPiece, attempt: Attempt, buffer: memoryview) -> None:
         raise AssertionError("nothing is read here")
