@@ -280,6 +280,8 @@ class Acquirer:
         if lease is not None and streamed and not lease.occupancy.complete:
             try:
                 await self.driver.files.require_readable(pending_load.key)
+                # A copy may have failed meanwhile, and the file been fetched again for others.
+                lease.require_sound()
             except FetchError:
                 # Also raised if the file was read to its end, and its reader closed, so let the
                 # copies decide. Until they have failed, the lifecycle takes the file for present

@@ -28,7 +28,8 @@ from lorax_async.errors import (
 )
 from lorax_async.remote.base import AnotherVersionError
 from lorax_async.remote.readers import FetchReader
-from lorax_async.types import AdapterId, AdapterRef, RemoteKey
+from lorax_async.runtime.fetches import FetchTasks
+from lorax_async.types import AdapterId, AdapterKey, AdapterRef, RemoteKey
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_socket_left")
 settings, world = remote_world.settings, remote_world.world
@@ -251,3 +252,31 @@ async def test_what_was_evicted_is_fetched_again(world: RemoteWorld, device: str
                 tiny.assert_equal_to_file(handle, folder)
             async with loader.stream(world.ref("one")) as handle:
                 assert handle.resident
+
+
+async def test_a_file_that_is_fetched_again_before_a_stream_looks_for_it(
+    world: RemoteWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream's slot has failed by then: only the next one gets the new bytes."""
+    require = FetchTasks.require_readable
+
+    async def require_late(files: FetchTasks, key: AdapterKey) -> None:
+        await asyncio.sleep(0.1)
+        await require(files, key)
+
+    folder = world.stock(rank=4)
+    world.stock("another", 1, rank=4)
+    async with one_slot(world, "cpu") as loader:
+        await leave(world, loader, world.ref("one"), "another")
+        monkeypatch.setattr(FetchTasks, "require_readable", require_late)
+
+        async def load() -> None:
+            await asyncio.sleep(0.02)
+            (await loader.load(world.ref("one"))).release()
+
+        other = asyncio.create_task(load())
+        async with loader.stream(world.ref("one")) as handle:
+            for layer in range(tiny.LAYERS):
+                await handle.layer_ready(layer)
+            tiny.assert_equal_to_file(handle, folder)
+        await other
