@@ -290,18 +290,21 @@ class PartialReader:
             for n in range(rows):
                 self.read_into([content[n * size : (n + 1) * size]], offset + n * pitch)
             return
-        stop = offset + sum(buffer.nbytes for buffer in buffers)
+        stop = offset + sum([buffer.nbytes for buffer in buffers])
         if stop > self.nbytes:
             raise IntegrityError(f"{self._file.name} ends before byte {stop:,}")
         if not self._file.covers(offset, stop):
             raise InternalError(
                 f"bytes {offset:,} to {stop:,} of {self._file.name} were read too early"
             )
-        with translate_errors(_READING), self._descriptor as fd:
-            if not fill(fd, buffers, offset):
-                raise IntegrityError(
-                    f"{self._file.name} was cut while it was downloaded; load it again"
-                )
+        try:
+            with self._descriptor as fd:
+                if not fill(fd, buffers, offset):
+                    raise IntegrityError(
+                        f"{self._file.name} was cut while it was downloaded; load it again"
+                    )
+        except OSError as error:
+            raise translate(error, _READING) from error
 
     def close(self) -> None:
         self._descriptor.close()

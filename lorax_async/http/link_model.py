@@ -202,7 +202,7 @@ class LinkModel:
     def _enough(self) -> int:
         """Return the least number of connections that bring nearly the most."""
         most = max(self._shape.values())
-        return min(n for n, value in self._shape.items() if value >= _ENOUGH * most)
+        return min([n for n, value in self._shape.items() if value >= _ENOUGH * most])
 
     # -- windows ----------------------------------------------------------------------------------
 

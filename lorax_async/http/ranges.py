@@ -97,7 +97,7 @@ class RangePlan:
         self._total = self.left = sum(self._nbytes)
         """Bytes in all, and those that were not requested."""
 
-        self.stop = max((stop for group in groups for _, stop in group), default=0)
+        self.stop = max([stop for group in groups for _, stop in group], default=0)
         """Where the last of them ends."""
 
         self._first_bytes = max(sum(self._nbytes[:first]), self._total * _FIRST_PART)
@@ -195,7 +195,7 @@ class RangePlan:
             nbytes += self._nbytes[stop]
             stop += 1
         spans = chain.from_iterable(self._groups[self._next : stop])
-        self._spans = list(SpanSet(span for span in spans if span[0] < span[1]))
+        self._spans = list(SpanSet([span for span in spans if span[0] < span[1]]))
         is_whole_round = self._next == 0 or stop == len(self._groups)
         self._piece = (nbytes if is_whole_round else wanted) / pace.connections
         self._next, self._taken = stop, 0
@@ -211,7 +211,7 @@ class RangePlan:
 
 
 def size_of(spans: Iterable[ByteRange]) -> int:
-    return sum(stop - start for start, stop in spans)
+    return sum([stop - start for start, stop in spans])
 
 
 def split_of(
@@ -248,7 +248,7 @@ class GroupArrivals:
     def __init__(self, groups: Sequence[Sequence[ByteRange]]) -> None:
         self._missing = [size_of(group) for group in groups]
         self._spans = sorted(
-            (*span, n) for n, group in enumerate(groups) for span in group if span[0] < span[1]
+            [(*span, n) for n, group in enumerate(groups) for span in group if span[0] < span[1]]
         )
         self._starts = [start for start, _, _ in self._spans]
 

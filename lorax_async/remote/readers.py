@@ -54,7 +54,7 @@ class CountedReader:
     ) -> None:
         self._reader.read_into(buffers, offset, rows, pitch)
         with self._counting:
-            self._read_bytes += sum(buffer.nbytes for buffer in buffers)
+            self._read_bytes += sum([buffer.nbytes for buffer in buffers])
             if self._waiter is not None and self._read_bytes >= self._waiter[0]:
                 notify, self._waiter = self._waiter[1], None
                 notify()
