@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache
 
 from harness import SEED
 from link import Link
@@ -21,6 +22,7 @@ from lorax_async.engines.transformers import AttachedModel, attach
 from lorax_async.handle import AdapterHandle
 from lorax_async.ids import Allow
 from lorax_async.loader import AdapterLoader
+from lorax_async.server.transformers_decoder import cache_argument
 from work_files import CONFIG, WEIGHTS
 
 RANK = 16
@@ -106,7 +108,7 @@ class Decoding:
         self._model = model
         self._attached = attached
         self._rows = rows
-        self._cache: Any = None
+        self._cache = {cache_argument(model): DynamicCache(config=model.config)}
         self.next = torch.arange(1000, 1000 + len(rows)).unsqueeze(1)
 
     async def prefill(self, tokens: int) -> None:
@@ -120,12 +122,8 @@ class Decoding:
         def forward() -> torch.Tensor:
             with torch.no_grad():
                 found = self._model(
-                    input_ids=self.next,
-                    past_key_values=self._cache,
-                    use_cache=True,
-                    logits_to_keep=1,
+                    input_ids=self.next, use_cache=True, logits_to_keep=1, **self._cache
                 )
-            self._cache = found.past_key_values
             next: torch.Tensor = found.logits[:, -1].argmax(dim=-1, keepdim=True)
             return next
 

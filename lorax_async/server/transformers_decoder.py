@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ class KVCache:
     def __init__(self, layers: int, max_sequences: int, device: torch.device) -> None:
         self._layers = [PlacesLayer() for _ in range(layers)]
         self.cache: Any = Cache(layers=list(self._layers))  # untyped in transformers
-        """The model's `past_key_values`, between `begin` and the end of the pass."""
+        """What the model takes as its cache, between `begin` and the end of the pass."""
         self._max_sequences = max_sequences
         self._device = device
         self._places: dict[int, int] = {}
@@ -248,6 +249,7 @@ class TransformersDecoder:
             )
         self._model = model
         self._attached = attached
+        self._cache_argument = cache_argument(model)
         self._cache = KVCache(_count_layers(model, config), max_sequences, model.device)
 
     @property
@@ -291,11 +293,16 @@ class TransformersDecoder:
             input_ids=ids,
             attention_mask=rows.mask,
             position_ids=rows.positions,
-            past_key_values=self._cache.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: self._cache.cache},
         ).logits
         return logits[:, -1].float()
+
+
+def cache_argument(model: Any) -> str:
+    """Return the argument of `model` that takes a cache: transformers 5.25 renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _passes(parts: Sequence[SequencePart]) -> list[list[int]]:
