@@ -411,6 +411,9 @@ def _sizes(
         for key, value in family.requires.items()
         if key in config
     )
+    # transformers 5.25 also saves what it derives from Falcon's own keys.
+    heads = {key: config.get(key) for key in KEY_VALUE_HEAD_COUNTS}
+    read.update(key for key, count in heads.items() if count == attention.key_value_heads)
     if 0 in sizes.values() or not equal or not (_UNSURE - read).isdisjoint(config):
         return None
     order = _fused_order(model_type)
