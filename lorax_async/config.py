@@ -91,8 +91,8 @@ class ByteSize:
 class Limits:
     """Limits on untrusted adapters, in bytes or counts.
 
-    The default header has 160 bytes for each of `max_tensors`. Adapters with one Linear per
-    expert, whose names are the longest, use 142. Raise both limits together.
+    Unless `max_header_bytes` is set, a header may have 160 bytes for each of `max_tensors`, and
+    10 MiB in any case. Adapters with one Linear per expert, whose names are the longest, use 142.
     """
 
     max_header_bytes: ByteSize = ByteSize(10 * MiB)
@@ -107,6 +107,9 @@ class Limits:
     def __post_init__(self) -> None:
         for entry in fields(self):
             require_count(entry.name, getattr(self, entry.name))
+        if self.max_header_bytes == Limits.max_header_bytes:  # the default
+            wanted = max(self.max_header_bytes, 160 * self.max_tensors)
+            object.__setattr__(self, "max_header_bytes", wanted)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,11 +75,13 @@ def require_finite(folder: Path) -> None:
                 )
 
 
-def require_base_copies(folder: Path, copies: Sequence[BaseCopy], base: BaseCopies) -> None:
+def require_base_copies(
+    folder: Path, copies: Sequence[BaseCopy], base: BaseCopies, limits: Limits = LIMITS
+) -> None:
     """Raise as `BaseCopies.require_equal` unless the file's copies are the base's. Blocks."""
     if not copies:
         return
-    weights = open_weights(find_trusted_adapter(folder, LIMITS), LIMITS)
+    weights = open_weights(find_trusted_adapter(folder, limits), limits)
     try:
         for copy in copies:
             base.require_equal(copy, weights.reader)

@@ -81,6 +81,8 @@ class PluginSettings:
     """Compare copies of the base's weights with its files, or "trust" them, as engines do."""
     convert_bin: bool = False
     """Convert weights that are `adapter_model.bin` only, a pickle, in a process of its own."""
+    max_tensors: int = Limits.max_tensors
+    """Tensors of one adapter; the limit on a file's header follows."""
     token: str | None = field(default=None, repr=False)
     """The bearer token for http(s) sources; the hub has `HF_TOKEN`."""
 
@@ -111,6 +113,11 @@ class PluginSettings:
         StoreConfig(**settings.store_settings())  # raises for values that do not go together
         return settings
 
+    @property
+    def limits(self) -> Limits:
+        """The limits on untrusted adapters."""
+        return Limits(max_tensors=self.max_tensors)
+
     def store_settings(self) -> dict[str, Any]:
         """Return these settings as arguments of `StoreConfig`."""
         # The operator names the aliases' adapters: they are allowed here, but not to requests. The
@@ -125,6 +132,7 @@ class PluginSettings:
             "timeout": self.timeout,
             "revalidate": self.revalidate,
             "convert_bin": self.convert_bin,
+            "limits": self.limits,
         }
 
     def describe(self) -> str:
@@ -218,11 +226,12 @@ def _parse_alias(text: str) -> tuple[str, AdapterRef]:
 def _parse(name: str, text: str) -> Any:
     """Return the value of a setting. Raise `ConfigError`, which names its variable."""
     value, field = _PARSERS[name](name, text), name.lower()
-    if field in StoreConfig.__dataclass_fields__:
-        try:
-            StoreConfig(**{field: value})
-        except ConfigError as error:
-            raise ConfigError(f"{PREFIX}{name}: {error.problem}") from None
+    for checks in (StoreConfig, Limits):
+        if field in checks.__dataclass_fields__:
+            try:
+                checks(**{field: value})
+            except ConfigError as error:
+                raise ConfigError(f"{PREFIX}{name}: {error.problem}") from None
     return value
 
 
@@ -272,6 +281,7 @@ _PARSERS: Mapping[str, Callable[[str, str], Any]] = {
     "CHECK_FINITE": _parse_switch,
     "CONVERT_BIN": _parse_switch,
     "BASE_COPIES": _parse_base_copies,
+    "MAX_TENSORS": _parse_number,
 }
 """How the values of settings are read, apart from those that name adapters or are secret."""
 
@@ -305,13 +315,14 @@ class BaseRequirements:
     base: str = ""
     """The base's folder, or its id in the hub cache, where the layout does not name it."""
     base_copies: BaseCopyRule = "refuse"
+    limits: Limits = field(default_factory=Limits)
 
     def check(self, folder: Path) -> int:
         """Return the bytes of an adapter's weights. Blocks, while it reads them.
 
         Raise the `AdapterError` that says why it does not fit.
         """
-        limits = Limits()
+        limits = self.limits
         header, nbytes = read_header(folder, limits)
         if self.engine:
             for span in header.tensors:
@@ -328,7 +339,7 @@ class BaseRequirements:
         if self.base_copies != "trust":
             base = BaseCopies(shard_layout(replace(layout, base=layout.base or self.base), None))
             copies = [BaseCopy.of(it) for it in others if it.part is TensorRole.BASE_COPY]
-            require_base_copies(folder, copies, base)
+            require_base_copies(folder, copies, base, limits)
         if self.check_finite:
             require_finite(folder)
         return nbytes

@@ -437,13 +437,14 @@ def _make_check(model_config: Any, settings: PluginSettings) -> Callable[[Path],
         engine="SGLang",
         base=model_config.model_path,
         base_copies=settings.base_copies,
+        limits=settings.limits,
     )
     gated = layout is not None and any(".gate_proj" in module.name for module in layout.modules)
     served = _served_names()
 
     def check(folder: Path) -> None:
         base.check(folder)
-        spec, modules = _read_modules(folder)
+        spec, modules = _read_modules(folder, base.limits)
         _require_one_stack(modules)
         _require_fusable(modules, gated=gated)
         _require_targets(modules, spec, served)
@@ -465,12 +466,11 @@ def _served_names() -> set[str] | None:
     return set(utils.get_normalized_target_modules(targets))
 
 
-def _read_modules(folder: Path) -> tuple[AdapterSpec, set[str]]:
+def _read_modules(folder: Path, limits: Limits) -> tuple[AdapterSpec, set[str]]:
     """Return an adapter's config and modules.
 
     Raise `UnsupportedAdapterError` for what SGLang cannot apply.
     """
-    limits = Limits()
     spec = parse_config((folder / CONFIG).read_bytes(), limits)
     if spec.rank_patterns or spec.alpha_patterns:
         raise UnsupportedAdapterError(ONE_SCALE)

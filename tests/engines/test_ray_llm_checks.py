@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from adapter_files import pad_header
 from fastapi import HTTPException
 from safetensors.torch import load, save_file
 
-from lorax_async import AdapterStore, StoreConfig
+from lorax_async import AdapterStore, Limits, StoreConfig
 from lorax_async.engines.ray.ray_llm import model_downloader
 
 BASE = {
@@ -78,8 +79,8 @@ async def stores(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[AdapterS
         await store.close(timeout=1)
 
 
-def downloader(folder: Path, **options: Any) -> Any:
-    config = StoreConfig(cache_dir=folder.parent / "cache")
+def downloader(folder: Path, limits: Limits | None = None, **options: Any) -> Any:
+    config = StoreConfig(cache_dir=folder.parent / "cache", limits=limits or Limits())
     return model_downloader(config, lambda _: folder, **options)()
 
 
@@ -174,6 +175,17 @@ async def test_an_adapter_of_the_base_is_handed_on(
     spoil(folder)
     allowed = downloader(folder, check_finite=False)
     assert (await allowed.load_model_from_config("base:a", llm_config)).local_path == str(folder)
+
+
+async def test_the_limits_are_the_configs(
+    llm_config: Any, stores: list[AdapterStore], tmp_path: Path
+) -> None:
+    folder = tiny.write(tmp_path / "a", rank=8)
+    pad_header(folder / WEIGHTS, 11 << 20)
+    with pytest.raises(HTTPException, match="over the limit of 10,485,760"):
+        await downloader(folder).load_model_from_config("base:a", llm_config)
+    loads = downloader(folder, Limits(max_header_bytes="12MiB"))
+    assert (await loads.load_model_from_config("base:a", llm_config)).local_path == str(folder)
 
 
 async def test_a_caller_that_leaves_does_not_end_what_others_wait_for(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from adapter_files import pad_header
 from event_loops import until
 from hub_stand_in import ADAPTER, HubStandIn
 from leaks import open_files
@@ -147,6 +148,8 @@ def test_weights_that_would_ruin_an_engine_are_refused(tmp_path: Path) -> None:
         ({"CONNECTIONS": "0"}, "LORAX_ASYNC_CONNECTIONS"),
         ({"CONNECTIONS": "1000"}, "LORAX_ASYNC_CONNECTIONS"),
         ({"TIMEOUT": "-1"}, "LORAX_ASYNC_TIMEOUT"),
+        ({"MAX_TENSORS": "1e6"}, "LORAX_ASYNC_MAX_TENSORS must be a number"),
+        ({"MAX_TENSORS": "0"}, "LORAX_ASYNC_MAX_TENSORS: max_tensors must be a positive integer"),
         ({"REVALIDATE": "nan"}, "LORAX_ASYNC_REVALIDATE"),
         ({"CACHE_BYTES": "0"}, "LORAX_ASYNC_CACHE_BYTES"),
         ({"CACHE_DIR": "/dev/null"}, "LORAX_ASYNC_CACHE_DIR"),
@@ -163,6 +166,29 @@ def test_connections_to_all_sources_are_the_operators(tmp_path: Path) -> None:
     given = settings(CONNECTIONS="3", CACHE_DIR=str(tmp_path))
     assert StoreConfig(**given.store_settings()).connections == 3
     assert StoreConfig(**settings().store_settings()).connections == StoreConfig().connections
+
+
+async def test_the_limit_of_tensors_and_their_header_is_the_operators(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "a")
+    tensors = len(tiny.tensors(0, 4, torch.float32))
+
+    async def check(**values: str) -> None:
+        given = settings(CACHE_DIR=str(tmp_path / "cache"), **values)
+        async with AdapterStore(StoreConfig(**given.store_settings())) as store:
+            with await store.checkout(folder) as checked:
+                BaseRequirements(None, None, limits=given.limits).check(checked.path)
+
+    await check()
+    await check(MAX_TENSORS=str(tensors))
+    with pytest.raises(AdapterFormatError, match=f"{tensors} tensors, more than the limit of 3"):
+        await check(MAX_TENSORS="3")
+    with pytest.raises(AdapterFormatError, match="limit of 3"):
+        BaseRequirements(None, None, limits=settings(MAX_TENSORS="3").limits).check(folder)
+
+    pad_header(folder / "adapter_model.safetensors", 11 << 20)
+    with pytest.raises(AdapterFormatError, match="over the limit of 10,485,760"):
+        await check()
+    await check(MAX_TENSORS="80000")  # 160 bytes each: 12.8 MB
 
 
 @pytest.fixture

@@ -296,6 +296,13 @@ def test_limits_are_limits() -> None:
         with pytest.raises(AdapterFormatError, match=words):
             parse(text, limits=replace(exact, **{name: getattr(exact, name) - 1}))
     assert (Limits().max_header_bytes, Limits().max_tensors) == (10 << 20, 65_536)
+    for limits, header in (
+        (Limits(max_tensors=100_000), 16_000_000),
+        (Limits(max_tensors=100), 10 << 20),
+        (Limits(max_tensors=100_000, max_header_bytes="1MiB"), 1 << 20),
+        (replace(Limits(), max_tensors=100_000), 16_000_000),
+    ):
+        assert limits.max_header_bytes == header
 
 
 def test_a_linear_for_each_expert_is_within_the_limits() -> None:

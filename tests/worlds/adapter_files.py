@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,14 @@ def file_of(tensors: Sequence[tuple[str, torch.Tensor]]) -> bytes:
         body += data
     header = json.dumps(entries).encode()
     return struct.pack("<Q", len(header)) + header + body
+
+
+def pad_header(weights: Path, nbytes: int) -> None:
+    """Append blanks to a header, which safetensors' format allows."""
+    content = weights.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:end].ljust(nbytes)
+    weights.write_bytes(nbytes.to_bytes(8, "little") + header + content[end:])
 
 
 def pair(

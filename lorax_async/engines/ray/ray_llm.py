@@ -20,7 +20,7 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from lorax_async.config import PEERS_REMOVED, StoreConfig
+from lorax_async.config import PEERS_REMOVED, Limits, StoreConfig
 from lorax_async.engines.plugin_settings import (
     BaseRequirements,
     FailureLog,
@@ -135,17 +135,20 @@ class ModelDownloader:
         return folder
 
     async def _open(self, llm_config: Any) -> tuple[AdapterStore, BaseRequirements]:
-        base = await asyncio.to_thread(_read_base, llm_config, self._check_finite)
+        limits, check_finite = self._config.limits, self._check_finite
+        base = await asyncio.to_thread(_read_base, llm_config, limits, check_finite=check_finite)
         return await AdapterStore(self._config).__aenter__(), base  # it ends with the process
 
 
-def _read_base(llm_config: Any, check_finite: bool) -> BaseRequirements:
+def _read_base(llm_config: Any, limits: Limits, *, check_finite: bool) -> BaseRequirements:
     """Return what the adapters of a replica have to fit. Blocks."""
     rank = int(llm_config.engine_kwargs.get("max_lora_rank", MAX_RANK))
     layout, base = _read_layout(llm_config), ""
     with suppress(OSError, LoraxError):  # then its copies of the base's weights are refused
         base = str(_base_folder(llm_config))
-    return BaseRequirements(layout, rank, check_finite=check_finite, engine="vLLM", base=base)
+    return BaseRequirements(
+        layout, rank, check_finite=check_finite, engine="vLLM", base=base, limits=limits
+    )
 
 
 def _read_layout(llm_config: Any) -> ModelLayout | None:

@@ -170,6 +170,7 @@ class ServerPlugin:
                 engine="vLLM",
                 base=config.model_config.model,
                 base_copies=settings.base_copies,
+                limits=settings.limits,
             )
 
         served = ServedAdapters(settings, store, engine, models, read_base)
@@ -211,6 +212,7 @@ class ServerPlugin:
             engine="vLLM",
             base=getattr(config.model_config, "model", ""),
             base_copies=settings.base_copies,
+            limits=settings.limits,
         )
         RESOLVER.folders = CheckedFolders(settings, store, base)
         self._stack.callback(RESOLVER.folders.close)
