@@ -93,6 +93,7 @@ class Limits:
 
     Unless `max_header_bytes` is set, a header may have 160 bytes for each of `max_tensors`, and
     10 MiB in any case. Adapters with one Linear per expert, whose names are the longest, use 142.
+    `max_tokenizer_bytes` is for all files of an adapter's own tokenizer together.
     """
 
     max_header_bytes: ByteSize = ByteSize(10 * MiB)
@@ -103,6 +104,7 @@ class Limits:
     max_config_bytes: ByteSize = ByteSize(256 * KiB)
     max_rank: int = 256
     max_adapter_bytes: ByteSize = ByteSize(4 * GiB)
+    max_tokenizer_bytes: ByteSize = ByteSize(64 * MiB)
 
     def __post_init__(self) -> None:
         for entry in fields(self):

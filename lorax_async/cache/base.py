@@ -12,12 +12,15 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from lorax_async.errors import AdapterFormatError, IntegrityError, UsageError, shorten
 from lorax_async.files import FileReader
 from lorax_async.formats.digests import Digest
-from lorax_async.formats.peft_names import CONFIG_FILE, WEIGHTS_FILE
+from lorax_async.formats.peft_names import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE
 from lorax_async.formats.strict_json import parse_object
 from lorax_async.types import FileIdentity
 
 RECORD = "record.json"
 STAMP = "verified"
+TOKENIZER_RECORD = "tokenizer"
+"""A file with the digests of the entry's tokenizer files; written last, when all are there."""
+
 MAP_SUFFIX = ".chunks"
 PARTIAL_LOCK = "lock"
 SCOPE_PREFIX = "scope."
@@ -77,7 +80,8 @@ def is_adapter_file(name: str) -> bool:
 
     Version 0.2 also stored the files of weights in several files.
     """
-    return name.startswith("adapter_") and not name.endswith(MAP_SUFFIX)
+    is_ours = name.startswith("adapter_") and not name.endswith(MAP_SUFFIX)
+    return is_ours or name in TOKENIZER_FILES
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 
@@ -102,11 +102,21 @@ class DiskCache:
     def use(self, entry: DiskEntry) -> DiskEntry:
         """Count a use of an entry and return the entry; close it on an error."""
         try:
-            self.budget.note_use(entry.record)
+            self.budget.note_use(entry)
         except BaseException:
             entry.close()
             raise
         return entry
+
+    def add_tokenizer(self, entry: DiskEntry, contents: Mapping[str, bytes]) -> None:
+        """Add the files of an adapter's own tokenizer to its leased entry, with which they leave.
+
+        Files that another process has added stay. Raise `CapacityError` without room.
+        """
+        nbytes = sum(map(len, contents.values()))
+        with self.budget.reserve(nbytes), translate_errors("add a tokenizer"):
+            entry.add_tokenizer(contents)
+        self.budget.note_use(entry)
 
     def try_begin(
         self, key: CacheKey, scope: str, *, alone: bool = False, sha256: str | None = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import stat
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from hashlib import sha256
@@ -20,6 +22,7 @@ from lorax_async.cache.base import (
     RECORD,
     SCOPE_PREFIX,
     STAMP,
+    TOKENIZER_RECORD,
     EntryRecord,
     decode_record,
     is_adapter_file,
@@ -41,6 +44,8 @@ from lorax_async.cache.partials import this_boot
 from lorax_async.errors import AdapterFormatError, CapacityError, IntegrityError, InternalError
 from lorax_async.files import FileReader, hash_on, identity_of, is_settled, open_same
 from lorax_async.formats.digests import FileHash
+from lorax_async.formats.peft_names import TOKENIZER_FILES
+from lorax_async.formats.strict_json import parse_object
 from lorax_async.lifecycle.policies import EvictionPolicy
 from lorax_async.types import AdapterKey, FileIdentity
 
@@ -64,9 +69,12 @@ class DiskEntry:
         files: Identities,
         *,
         is_stamped: bool,
+        tokenizer_bytes: int = 0,
     ) -> None:
         self.record = record
         self.identities = files
+        self.nbytes = record.nbytes + tokenizer_bytes
+        """Bytes of its files, with those of its tokenizer."""
         self.is_verified = is_stamped
         self._directory = directory
         self._lease = lease
@@ -82,6 +90,42 @@ class DiskEntry:
         if identity is None:
             raise InternalError(f"the cache's entry has no {name}")
         return FileReader(partial(open_same, f"{self.folder}/{name}", identity), identity, name)
+
+    @contextmanager
+    def _own_folder(self) -> Iterator[Folder]:
+        """Open the leased folder. Raise `FileNotFoundError` if it was removed or replaced."""
+        with (
+            self._directory.open("entries") as parent,
+            parent.subfolder(self.record.name) as folder,
+        ):
+            status = folder.status(RECORD)
+            if status is None or not os.path.samestat(status, os.fstat(self._lease)):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), RECORD)
+            yield folder
+
+    def tokenizer_bytes(self) -> int | None:
+        """Hash the files of the adapter's own tokenizer; return their bytes, which may be 0.
+
+        None if they were not added yet, or were damaged. Blocks.
+        """
+        with translate_errors("look for a tokenizer"), self._own_folder() as folder:
+            return _hash_tokenizer(folder)
+
+    def add_tokenizer(self, contents: Mapping[str, bytes]) -> None:
+        """Write the tokenizer's files, and last the record that they are all there. Blocks.
+
+        Call it with the directory locked, and room reserved.
+        """
+        with self._own_folder() as folder:
+            if _hash_tokenizer(folder) is not None:
+                return  # another process was faster
+            for name in (TOKENIZER_RECORD, *TOKENIZER_FILES):
+                folder.unlink(name)
+            for name, content in contents.items():
+                folder.write(name, content)
+            digests = {name: sha256(content).hexdigest() for name, content in contents.items()}
+            folder.write(TOKENIZER_RECORD, json.dumps(digests).encode())
+            self.nbytes = self.record.nbytes + sum(map(len, contents.values()))
 
     def last_access(self, scope: str) -> float | None:
         with (
@@ -167,10 +211,13 @@ class Entries:
                 return None
             record = _read_record(lease, name)
             files = require_whole(folder, record, check=check)
-            remove_leftovers(folder)
+            names = remove_leftovers(folder)
             stamped = is_stamped(folder, record, files)
+            own = _size_of_files(folder, TOKENIZER_FILES) if TOKENIZER_RECORD in names else 0
             refused.pop_all()
-            return DiskEntry(self._directory, lease, record, files, is_stamped=stamped)
+            return DiskEntry(
+                *(self._directory, lease, record, files), is_stamped=stamped, tokenizer_bytes=own
+            )
 
     def record(self, name: str) -> EntryRecord | None:
         """Return the record of an entry; None if it cannot be read. Raise `OSError`."""
@@ -253,11 +300,39 @@ def _stamp_of(record: EntryRecord, files: Identities) -> bytes:
     return sha256(repr(known).encode()).hexdigest().encode()
 
 
-def remove_leftovers(folder: Folder) -> None:
-    """Remove what only the download needed; a process may be killed after the publication."""
-    for name in folder.names():
+def remove_leftovers(folder: Folder) -> list[str]:
+    """Remove what only the download needed; a process may be killed after the publication.
+
+    Return the names that were there.
+    """
+    names = folder.names()
+    for name in names:
         if name == PARTIAL_LOCK or name.endswith(MAP_SUFFIX):
             folder.unlink(name)
+    return names
+
+
+def _hash_tokenizer(folder: Folder) -> int | None:
+    """Return the bytes of the tokenizer's files; None if they are not as their record says."""
+    with suppress(FileNotFoundError, AdapterFormatError, IsADirectoryError):
+        content = folder.read(TOKENIZER_RECORD, MAX_RECORD_BYTES)
+        digests = parse_object(content, what="a record", max_bytes=MAX_RECORD_BYTES)
+        nbytes = 0
+        for name, digest in digests.items():
+            with folder.open_file(name, os.O_RDONLY) as fd:
+                size = os.fstat(fd).st_size
+                file_hash = FileHash("sha256", size)
+                hash_on(fd, file_hash, size, name)
+            if name not in TOKENIZER_FILES or file_hash.digest().value != digest:
+                return None
+            nbytes += size
+        return nbytes
+    return None
+
+
+def _size_of_files(folder: Folder, names: Iterable[str]) -> int:
+    statuses = map(folder.status, names)
+    return sum(status.st_size for status in statuses if status is not None)
 
 
 def record_access(folder: Folder, scope: str) -> None:
@@ -335,9 +410,9 @@ class DiskBudget:
         """The bytes last measured, with this process's changes since; None before. Quick."""
         return self._used() if self._is_measured else None
 
-    def note_use(self, record: EntryRecord) -> None:
+    def note_use(self, entry: DiskEntry) -> None:
         """Count a use of an entry, which this or another process has published."""
-        name, now_ns = record.name, time.time_ns()
+        name, now_ns = entry.record.name, time.time_ns()
         with (
             translate_errors("note a use"),
             suppress_read_only(),
@@ -347,7 +422,7 @@ class DiskBudget:
             os.utime(name, ns=(now_ns, now_ns), dir_fd=parent.fd, follow_symlinks=False)
         with self._lock:
             known = self._whole.get(name)
-            self._see(name, MeasuredFolder(record.nbytes, now_ns, known.inode if known else 0))
+            self._see(name, MeasuredFolder(entry.nbytes, now_ns, known.inode if known else 0))
 
     @contextmanager
     def _measure(self) -> Iterator[None]:
@@ -426,13 +501,14 @@ def measure(
 ) -> dict[str, MeasuredFolder]:
     """Return the folders in `parent` with `wanted` names. Raise `OSError`.
 
-    Those of `known` that are still the same folder do not change: they cost one call each.
+    Those of `known` that nothing used since cost one call each: a tokenizer may be added to others.
     """
     stored: dict[str, MeasuredFolder] = {}
     for name, status in _list_names(parent):
         if wanted(name):
             before = known.get(name) if known else None
-            if before is None or before.inode != status.st_ino:
+            same = status.st_ino, status.st_mtime_ns
+            if before is None or (before.inode, before.used_ns) != same:
                 nbytes = _size_of(parent, name)
             else:
                 nbytes = before.nbytes

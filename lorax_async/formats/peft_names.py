@@ -26,6 +26,15 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 """With the config, all files of an adapter that are read."""
 
+TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_FILES = (
+    *(TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE, "chat_template.json"),
+    *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model"),
+    *("sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt"),
+)
+"""What transformers' tokenizers save, beside the adapter, where it has tokens of its own."""
+
 INDEX_FILE = "adapter_model.safetensors.index.json"
 PICKLE_FILE = "adapter_model.bin"
 PICKLE_PROBLEM = (
@@ -192,6 +201,20 @@ def parse_tensor_name(name: str) -> TensorName:
     if kind.role in WHOLE and ".lora_" in f".{module}":
         raise _refusal(name)
     return TensorName(module, kind.role, kind.embedding)
+
+
+def brings_tokens(tensors: Iterable[str]) -> bool:
+    """Return whether tensors of these names may go with a tokenizer other than the base's.
+
+    They are rows of an embedding or a head: whole, as a resized vocabulary has them, or trained.
+    """
+    for name in tensors:
+        path, _, last = name.rpartition(".")
+        module = path.removesuffix(".base_layer").removesuffix(".token_adapter")
+        is_rows = last in {"trainable_tokens_delta", "weight"}
+        if is_rows and module.rpartition(".")[2] in HEADS | TOKENS:
+            return True
+    return False
 
 
 def layer_index(module: str) -> int | None:

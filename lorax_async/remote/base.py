@@ -54,7 +54,8 @@ class RemoteFile:
     Attributes
     ----------
     name
-        `CONFIG_FILE` or `WEIGHTS_FILE`, or `PICKLE_FILE` if pickles are converted.
+        `CONFIG_FILE`, `WEIGHTS_FILE`, one of `TOKENIZER_FILES`, or `PICKLE_FILE` if pickles are
+        converted.
     target
         Its URL, with the headers that a request needs.
     nbytes, expected, etag
@@ -211,6 +212,14 @@ class Backend(Protocol[P_contra]):
         Raise `AdapterNotFoundError` (`AnotherVersionError` if the source has only another version),
         `UnsupportedAdapterError` (`split_weights_error`), `AccessDeniedError`, or another
         `FetchError`.
+        """
+
+    async def find_files(
+        self, location: P_contra, ref: AdapterRef, names: Sequence[str]
+    ) -> list[RemoteFile]:
+        """Return those of `names` that the folder of `ref` has beside the adapter.
+
+        `ref.revision` is a version that `locate` returned. Raise as `locate`.
         """
 
 

@@ -220,6 +220,14 @@ class HubBackend:
         files = config.file, weights.file or await self._pickle(pinned)
         return LocatedAdapter(location.text, config.commit, self._scope(token), files)
 
+    async def find_files(
+        self, location: HubRepository, ref: AdapterRef, names: Sequence[str]
+    ) -> list[RemoteFile]:
+        token = await self._token(location, ref)
+        query = FileQuery(location.text, names[0], ref.revision or _MAIN, token)
+        answers = await self._answers(*(replace(query, name=name) for name in names))
+        return [answer.file for answer in answers if answer.file is not None]
+
     async def _pickle(self, pinned: FileQuery) -> RemoteFile:
         """Return the pickle of a commit without other weights, or raise what it has instead."""
         names = INDEX_FILE, PICKLE_FILE

@@ -140,6 +140,22 @@ class StoreBackend:
             )
         return LocatedAdapter(folder.text, version, scope, files)
 
+    async def find_files(
+        self, folder: StoreFolder, ref: AdapterRef, names: Sequence[str]
+    ) -> list[RemoteFile]:
+        await self.scope(folder, ref)
+        answers = await asyncio.gather(
+            *(self._call(folder, partial(self._require, folder, name)) for name in names),
+            return_exceptions=True,
+        )
+        objects = dict[str, StoredObject]()
+        for name, answer in zip(names, answers, strict=True):
+            if isinstance(answer, StoredObject):
+                objects[name] = answer
+            elif not isinstance(answer, AdapterNotFoundError | AccessDeniedError):
+                raise answer  # S3 denies access to missing objects too: see `_require_weights`
+        return await self._call(folder, partial(self._locations, folder, objects))
+
     def close(self) -> None:
         """Drop connections and credentials; the next use makes them again. Idempotent."""
         self._store.cache_clear()
@@ -187,8 +203,6 @@ class StoreBackend:
         self, folder: StoreFolder, objects: Mapping[str, StoredObject]
     ) -> tuple[str, tuple[RemoteFile, RemoteFile]]:
         """Return the version of an adapter and its files, with signed URLs."""
-        import obstore  # noqa: PLC0415
-
         for name, stored in objects.items():
             if stored.etag is None or stored.etag.startswith("W/"):
                 raise FetchError(
@@ -197,16 +211,7 @@ class StoreBackend:
                     retryable=False,
                     stage="resolve",
                 )
-        paths = [f"{folder.path}{name}" for name in objects]
-        signed: Sequence[str] | None = unsigned_urls(folder, paths)
-        if signed is None:
-            valid = timedelta(seconds=self._signed_for)
-            store = self._store(folder.scheme, folder.host)
-            signed = obstore.sign(store, "GET", paths, valid)
-        files = [
-            self._file(folder, text, name, stored)
-            for text, (name, stored) in zip(signed, objects.items(), strict=True)
-        ]
+        files = self._locations(folder, objects)
         versioned = all(stored.version_id is not None for stored in objects.values())
         # Two stores may have buckets of the same name.
         url = files[0].target.url.text.partition("?")[0]
@@ -214,6 +219,25 @@ class StoreBackend:
             "versions" if versioned else "etags", [url, *_words(*objects.values())]
         )
         return version, (files[0], files[1])
+
+    def _locations(
+        self, folder: StoreFolder, objects: Mapping[str, StoredObject]
+    ) -> list[RemoteFile]:
+        """Return files with signed URLs."""
+        import obstore  # noqa: PLC0415
+
+        if not objects:
+            return []
+        paths = [f"{folder.path}{name}" for name in objects]
+        signed: Sequence[str] | None = unsigned_urls(folder, paths)
+        if signed is None:
+            valid = timedelta(seconds=self._signed_for)
+            store = self._store(folder.scheme, folder.host)
+            signed = obstore.sign(store, "GET", paths, valid)
+        return [
+            self._file(folder, text, name, stored)
+            for text, (name, stored) in zip(signed, objects.items(), strict=True)
+        ]
 
     def _file(self, folder: StoreFolder, text: str, name: str, stored: StoredObject) -> RemoteFile:
         """Return a file by its URL."""

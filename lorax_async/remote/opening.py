@@ -15,11 +15,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from lorax_async.cache.base import CacheEntry, CacheKey, LeftoverError
 from lorax_async.cache.directory import CrowdedError
 from lorax_async.cache.disk_cache import DiskCache, DiskDownload
+from lorax_async.cache.entries import DiskEntry
 from lorax_async.cache.partials import PartialFile
 from lorax_async.concurrency import (
     FetchControl,
@@ -41,8 +42,16 @@ from lorax_async.errors import (
 )
 from lorax_async.files import FileReader, open_same, read_prefix, require_same
 from lorax_async.formats.digests import Digest, FileHash, sent_sha256
-from lorax_async.formats.peft_names import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
-from lorax_async.formats.safetensors import header_end, header_size
+from lorax_async.formats.peft_names import (
+    CONFIG_FILE,
+    HEADS,
+    PICKLE_FILE,
+    TOKENIZER_FILES,
+    TOKENS,
+    WEIGHTS_FILE,
+    brings_tokens,
+)
+from lorax_async.formats.safetensors import header_end, header_size, parse_header
 from lorax_async.http.download_scheduler import Job
 from lorax_async.http.failures import changed_error
 from lorax_async.http.range_downloader import FOREGROUND, PREFETCH, RangeDownloader
@@ -75,6 +84,11 @@ from lorax_async.sources.base import AdapterFile
 from lorax_async.sources.local import read_checked
 from lorax_async.sources.pickled_weights import convert_open
 from lorax_async.types import AdapterRef, RemoteKey
+
+T = TypeVar("T")
+
+_ROWS_OF_TOKENS = [name.encode() for name in sorted(HEADS | TOKENS)]
+"""What a header has somewhere if `brings_tokens`: nothing that writes safetensors escapes it."""
 
 MAX_REFS = 65_536
 MAX_KEYS = 16_384
@@ -169,6 +183,25 @@ class VersionResolver:
         if _key_of(located) != key:
             raise IntegrityError("it is another version by now; load it again")
         return located
+
+    async def find_files(
+        self, key: RemoteKey, names: Sequence[str], control: FetchControl
+    ) -> list[RemoteFile]:
+        """Return those of `names` that the source has beside the key's adapter.
+
+        Raise as `locate`, also if the source has another version by now.
+        """
+        last = self._resolutions.get(key)
+        if last is None or self._offline:
+            raise FetchError("its source is not asked for more of its files", retryable=False)
+        ref = replace(last.ref, revision=key.version)
+        async with bind_to(control):
+            backend = await self._find_backend(ref.location)
+            files = await backend.find_files(ref.location, ref, names)
+            located = await self._query(ref)  # afterwards, as the files may be replaced meanwhile
+        if _key_of(located) != key:
+            raise IntegrityError("it is another version by now; load it again")
+        return files
 
     def located(self, key: RemoteKey) -> LocatedAdapter | None:
         """Return the source's last answer, if it still counts."""
@@ -571,9 +604,7 @@ class AdapterOpener:
             await self._workers.run(partial(files[1].write, len(answer.start), rest))
         return files[1]
 
-    async def _wait_for_room(
-        self, add: Callable[[], PartialFile], control: FetchControl
-    ) -> PartialFile:
+    async def _wait_for_room(self, add: Callable[[], T], control: FetchControl) -> T:
         """Retry `add` while the cache is full of entries and downloads in use."""
         while not control.cancelled:
             try:
@@ -581,6 +612,74 @@ class AdapterOpener:
             except CrowdedError:
                 await asyncio.sleep(_POLL_SECONDS)
         raise unwanted_error()
+
+    # -- a tokenizer ------------------------------------------------------------------------------
+
+    async def add_tokenizer(self, key: RemoteKey, file: AdapterFile, control: FetchControl) -> int:
+        """Add the adapter's own tokenizer to its entry, if the source has one; return its bytes.
+
+        An adapter that brings no tokens costs no request. Neither does one whose tokenizer is here,
+        or was found to be missing. An entry that was here before stays usable without its source.
+        """
+        reader = file.reader
+        assert isinstance(reader, EntryReader | FetchReader)
+        entry = reader.entry
+        if not isinstance(entry, DiskEntry) or key.files:
+            return 0  # the standard hub cache's and a local folder's are other programs'
+        if not any(word in file.prefix for word in _ROWS_OF_TOKENS):
+            return 0  # no need to parse it
+
+        def look() -> int | None:
+            with suppress(AdapterFormatError):  # whoever loads the weights hears of it
+                header = parse_header(file.prefix, reader.nbytes, self._limits)
+                if brings_tokens(tensor.name for tensor in header.tensors):
+                    return entry.tokenizer_bytes()
+            return 0
+
+        known = await self._workers.run(look)
+        if known is not None:
+            return known
+        try:
+            files = await self._resolver.find_files(key, TOKENIZER_FILES, control)
+            contents = await self._fetch_small(files, control)
+        except (FetchError, AdapterNotFoundError, IntegrityError):
+            if isinstance(reader, EntryReader):
+                return 0  # its source is away, or has another version by now
+            raise
+        await self._wait_for_room(partial(self._cache.add_tokenizer, entry, contents), control)
+        return sum(map(len, contents.values()))
+
+    async def _fetch_small(
+        self, files: Sequence[RemoteFile], control: FetchControl
+    ) -> dict[str, bytes]:
+        """Return the bytes of whole files. Raise `AdapterFormatError` if they are too many."""
+        left = self._limits.max_tokenizer_bytes
+        contents: dict[str, bytes] = {}
+        for file in files:
+            nbytes = left if file.nbytes is None else file.nbytes
+            if nbytes > left:
+                raise AdapterFormatError(
+                    f"{file.target.name} and the other files of its tokenizer have more than the"
+                    f" {self._limits.max_tokenizer_bytes:,} bytes that they may have; raise"
+                    " Limits.max_tokenizer_bytes to accept them"
+                )
+            if nbytes == 0:
+                contents[file.name] = b""
+                continue
+            urgency = FOREGROUND if control.urgent else PREFETCH
+            job = self._downloader.probe(
+                file.target, nbytes, ranged=False, urgency=urgency, timeout=LONGEST
+            )
+            async with track(control, job), bind_to(control):
+                answer = await outcome(job.done)
+            file.require_match(answer)
+            content = answer.start
+            if file.nbytes not in {None, len(content)}:
+                raise IntegrityError(f"{file.target.name} ended early; load it again")
+            _check(FetchedFile(file, answer, len(content), content), file.expected)
+            contents[file.name] = content
+            left -= len(content)
+        return contents
 
     # -- weights that are a pickle ----------------------------------------------------------------
 

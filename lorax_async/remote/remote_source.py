@@ -119,10 +119,14 @@ class RemoteSource:
             await self._check(reader)
         return self._verification(reader.entry)
 
-    def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:  # noqa: ARG002 - the port's
+    async def folder(
+        self, key: AdapterKey, file: AdapterFile, control: FetchControl
+    ) -> StoredFolder:
+        parts, reader = await self._connect(), file.reader
         assert isinstance(reader, EntryReader | FetchReader)
         assert reader.entry is not None, "it was fetched"
-        return StoredFolder(reader.entry.folder, reader.entry.record.nbytes)
+        nbytes = await parts.opener.add_tokenizer(_remote(key), file, control)
+        return StoredFolder(reader.entry.folder, reader.entry.record.nbytes + nbytes)
 
     async def digest(self, key: AdapterKey) -> str:
         """See `Source`: the recorded digest, or else the files' own now."""

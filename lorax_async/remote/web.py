@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -104,6 +104,15 @@ class WebBackend:
             location.text, version, await self.scope(location, ref), files, recheck
         )
 
+    async def find_files(
+        self, location: WebFolder, ref: AdapterRef, names: Sequence[str]
+    ) -> list[RemoteFile]:
+        """See `Backend`. A folder has no list of its files, so request the first byte of each."""
+        token = require_token(ref.token)
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        folder = _Folder(self._downloader, location.url, headers, self._rules, self._limits)
+        return await folder.find(names)
+
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
@@ -142,6 +151,19 @@ class _Folder:
             self._probe(CONFIG_FILE, self.limits.max_config_bytes, ranged=False),
             self._probe(weights, nbytes, needed_bytes=needed),
         ]
+
+    async def find(self, names: Sequence[str]) -> list[RemoteFile]:
+        """Return those of `names` that the folder has."""
+        requests, found = [self._probe(name, 1) for name in names], []
+        try:
+            for name, request in zip(names, requests, strict=True):
+                with suppress(AdapterNotFoundError):
+                    answer = await outcome(request.done)
+                    etag = _strong(answer.validators)
+                    found.append(replace(_remote_file(name, answer), answer=None, etag=etag))
+        finally:
+            cancel_unfinished(requests)
+        return found
 
     def _probe(self, name: str, nbytes: int, **options: Any) -> Job[ProbeResult]:
         """Request a file as `RangeDownloader.probe` does."""

@@ -325,7 +325,7 @@ class FolderLeases:
             fetch.reader = file.reader
             # No layer groups: fetch the whole file in the fastest order.
             verification = await source.fetch_groups(file, (), lambda _: None, fetch.control)
-            folder = source.folder(key, file.reader)
+            folder = await source.folder(key, file, fetch.control)
             if isinstance(file.reader, FetchReader | ConvertedReader):
                 before = self.statistics
                 self.statistics = StoreStatistics(

@@ -112,11 +112,13 @@ class StoredFolder(NamedTuple):
 class FolderSource(Source, Protocol):
     """A `Source` that stores adapters as files in a folder of this machine."""
 
-    def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:
-        """Return the folder of an adapter that was fetched. Quick.
+    async def folder(
+        self, key: AdapterKey, file: AdapterFile, control: FetchControl
+    ) -> StoredFolder:
+        """Return the folder of an adapter that was fetched; first fetch its own tokenizer, if any.
 
-        Its files stay until `reader` is closed; outside the disk cache, their owner may still
-        remove them.
+        Its files stay until the file's reader is closed; outside the disk cache, their owner may
+        still remove them. End early, with `FetchError`, when `control` ends.
         """
 
 
@@ -162,11 +164,13 @@ class SourceRouter:
         assert file.key is not None, "it was opened here"
         return await self._of(file.key).fetch_groups(file, groups, arrived, control)
 
-    def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:
+    async def folder(
+        self, key: AdapterKey, file: AdapterFile, control: FetchControl
+    ) -> StoredFolder:
         source = self._of(key)
         if not isinstance(source, FolderSource):
             raise UsageError(f"{key} has no folder")
-        return source.folder(key, reader)
+        return await source.folder(key, file, control)
 
     async def digest(self, key: AdapterKey) -> str:
         return await self._of(key).digest(key)

@@ -161,7 +161,12 @@ class LocalSource:
         assert isinstance(file.reader, FileReader)
         return Verification("transport", await self._digest(file.reader, control))
 
-    def folder(self, key: AdapterKey, reader: Reader) -> StoredFolder:  # noqa: ARG002 - the port's
+    async def folder(
+        self,
+        key: AdapterKey,
+        file: AdapterFile,  # noqa: ARG002 - the port's
+        control: FetchControl,  # noqa: ARG002
+    ) -> StoredFolder:
         return StoredFolder(key.location, sum(file.size for file in key.files))
 
     async def digest(self, key: AdapterKey) -> str:

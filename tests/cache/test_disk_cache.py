@@ -51,7 +51,7 @@ from lorax_async.cache import disk_cache
 from lorax_async.cache.base import CacheEntry, CacheKey, LeftoverError
 from lorax_async.cache.directory import Folder
 from lorax_async.cache.disk_cache import DiskCache, DiskDownload
-from lorax_async.cache.entries import MAX_SCOPES
+from lorax_async.cache.entries import MAX_SCOPES, DiskEntry
 from lorax_async.cache.partials import CHUNK_BYTES
 from lorax_async.errors import CapacityError, ConfigError, FetchError, IntegrityError, InternalError
 from lorax_async.formats.digests import Digest
@@ -1095,3 +1095,87 @@ def test_anything_at_any_time(tmp_path: Path) -> None:
         disk_cache.gc(world.cache)
         assert not any(listed.is_partial for listed in disk_cache.ls(world.cache))
     nothing_odd(tmp_path)
+
+
+# -- tokenizers ------------------------------------------------------------------------------------
+
+TOKENIZER = {"tokenizer.json": b"{}" * 400, "tokenizer_config.json": b"{}", "merges.txt": b""}
+TOKENIZER_BYTES = 802
+
+
+def entry_of(found: CacheEntry | None) -> DiskEntry:
+    assert isinstance(found, DiskEntry)
+    return found
+
+
+def test_a_tokenizer_is_part_of_its_entry(world: DiskWorld) -> None:
+    """Every process counts its bytes, also of an entry that it has measured before."""
+    others = [DiskCache(world.folder, 1 << 30, policy("lru")) for _ in range(2)]
+    with closing(entry_of(stored(world.cache, KEY, CONTENT))) as entry:
+        before = NBYTES + len(CONFIG)
+        assert [cache.budget.used() for cache in (world.cache, *others)] == [before] * 3
+        assert entry.tokenizer_bytes() is None, "nobody has looked for one"
+        world.cache.add_tokenizer(entry, TOKENIZER)
+        assert entry.tokenizer_bytes() == TOKENIZER_BYTES
+        world.cache.add_tokenizer(entry, {"tokenizer.json": b"later"})
+        assert {name: (Path(entry.folder) / name).read_bytes() for name in TOKENIZER} == TOKENIZER
+        for cache in (world.cache, *others):
+            assert cache.budget.used() == before + TOKENIZER_BYTES
+            with closing(entry_of(cache.open(KEY))) as opened_there:
+                assert opened_there.tokenizer_bytes() == TOKENIZER_BYTES
+                assert opened_there.nbytes == before + TOKENIZER_BYTES
+            assert cache.budget.last_used == before + TOKENIZER_BYTES
+        nothing = entry_of(stored(world.cache, key(1), CONTENT))
+        with closing(nothing):
+            world.cache.add_tokenizer(nothing, {})
+            assert nothing.tokenizer_bytes() == 0, "it has none, and nobody asks again"
+    assert removed(world.cache, KEY)
+    assert not world.entry(KEY).exists()
+    nothing_odd(world.folder)
+
+
+def test_a_tokenizer_without_room_is_not_added(tmp_path: Path) -> None:
+    with (
+        opened(tmp_path / "cache", NBYTES + SIZE) as world,
+        closing(entry_of(stored(world.cache, KEY, CONTENT))) as entry,
+    ):
+        with pytest.raises(CapacityError, match="do not fit"):
+            world.cache.add_tokenizer(entry, {"vocab.txt": bytes(SIZE)})
+        assert entry.tokenizer_bytes() is None
+        assert not (world.entry(KEY) / "vocab.txt").exists()
+
+
+@pytest.mark.parametrize("number", range(len(TOKENIZER) + 1))
+def test_a_tokenizer_that_is_written_in_part_is_none(
+    world: DiskWorld, monkeypatch: Patch, number: int
+) -> None:
+    written, write = list[str](), Folder.write
+
+    def fail(folder: Folder, name: str, content: bytes) -> None:
+        if len(written) == number:
+            raise OSError(errno.ENOSPC, "full")
+        written.append(name)
+        write(folder, name, content)
+
+    with closing(entry_of(stored(world.cache, KEY, CONTENT))) as entry:
+        with monkeypatch.context() as patch, pytest.raises(CapacityError, match="disk is full"):
+            patch.setattr(Folder, "write", fail)
+            world.cache.add_tokenizer(entry, TOKENIZER)
+        assert entry.tokenizer_bytes() is None
+        world.cache.add_tokenizer(entry, TOKENIZER)
+        assert entry.tokenizer_bytes() == TOKENIZER_BYTES
+        world.alter(KEY, "tokenizer.json", b"[]" * 400)
+        assert entry.tokenizer_bytes() is None, "damaged"
+        world.cache.add_tokenizer(entry, TOKENIZER)
+        assert entry.tokenizer_bytes() == TOKENIZER_BYTES
+
+
+def test_an_entry_that_took_the_place_of_a_leased_one_gets_no_tokenizer_of_that(
+    world: DiskWorld,
+) -> None:
+    with closing(entry_of(stored(world.cache, KEY, CONTENT))) as entry:
+        world.cache.invalidate(KEY)
+        with closing(entry_of(stored(world.cache, KEY, weights(2)))):
+            with pytest.raises(FetchError, match="load it again"):
+                world.cache.add_tokenizer(entry, TOKENIZER)
+            assert not (world.entry(KEY) / "tokenizer.json").exists()

@@ -17,6 +17,7 @@ from torch import nn
 from lorax_async.errors import AdapterFormatError, UnsupportedAdapterError
 from lorax_async.formats.peft_names import (
     TensorName,
+    brings_tokens,
     compile_pattern,
     layer_index,
     parse_tensor_name,
@@ -246,3 +247,26 @@ def test_no_pattern_that_re_compiles_is_called_an_error(text: str) -> None:
         except re.error:
             return
     assert pattern_error(text) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "brings"),
+    [
+        ("base_model.model.model.embed_tokens.weight", True),
+        ("base_model.model.lm_head.weight", True),
+        ("base_model.model.transformer.wte.weight", True),
+        ("base_model.model.model.embed_tokens.base_layer.weight", True),
+        ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", True),
+        ("base_model.model.lm_head.bias", False),
+        ("base_model.model.lm_head.lora_A.weight", False),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", False),
+        ("base_model.model.score.weight", False),
+        ("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight", False),
+    ],
+)
+def test_rows_of_an_embedding_or_a_head_may_be_those_of_other_tokens(
+    name: str, brings: bool
+) -> None:
+    plain = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert brings_tokens([plain, name]) is brings
+    assert not brings_tokens([plain])

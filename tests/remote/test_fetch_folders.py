@@ -1,6 +1,7 @@
 """`loader.fetch`: a verified folder, held for whoever needs an adapter's files and not its tensors."""
 
 import asyncio
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,16 @@ import remote_world
 import tiny
 import torch
 from event_loops import until
-from hub_stand_in import HubStandIn
+from fault_server import Asked, Hangup
+from hub_stand_in import HubStandIn, Reply
 from huggingface_hub import snapshot_download
 from remote_world import RemoteWorld, over
 from safetensors.torch import load_file
 from tiny_loaders import fails
-from user_loads import at, contents, has, loader, stored_in, written
+from user_loads import TOKENIZER, at, contents, has, loader, stored_in, written, written_with_tokens
 from web_folder import WEIGHTS
 
-from lorax_async import AdapterLoader, AdapterRef, Limits, errors
+from lorax_async import AdapterLoader, AdapterRef, Allow, Limits, errors
 from lorax_async.cli import main
 from lorax_async.concurrency import SharedTasks, result_of
 from lorax_async.testing import FakeSource
@@ -204,6 +206,91 @@ async def test_a_damaged_copy_in_the_hub_cache_beside_a_good_one_of_ours(tmp_pat
             await fails(there.fetch("org/name"), errors.IntegrityError, "load it again")
             with await there.fetch("org/name") as folder:
                 assert contents(adapter).items() <= contents(folder.path).items()
+
+
+@pytest.fixture
+def hub() -> Iterator[HubStandIn]:
+    with HubStandIn() as running:
+        yield running
+
+
+def on_hub(folder: Path, hub: HubStandIn, **changes: Any) -> AdapterLoader:
+    allow = (Allow("hub"), at(hub.store_netloc))
+    return loader(folder, layers=4, allow=allow, hub_endpoint=hub.endpoint, **changes)
+
+
+def tokenizer_in(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(folder).items() if name in TOKENIZER}
+
+
+async def test_a_plain_adapter_s_fetch_asks_for_no_tokenizer(
+    tmp_path: Path, hub: HubStandIn
+) -> None:
+    """Trainers save one beside every adapter, and it is the base's."""
+    adapter = written(tmp_path / "plain", layers=4, rank=4)
+    hub.put("org/name", contents(adapter) | dict.fromkeys(TOKENIZER, b"the base's"))
+    async with on_hub(tmp_path, hub) as there:
+        (await there.load("org/name")).release()
+        with await there.fetch("org/name") as folder:
+            assert not tokenizer_in(folder.path)
+    assert {each.target.rpartition("/")[2] for each in hub.asked if "store" not in each.target} == {
+        "adapter_config.json",
+        WEIGHTS,
+    }
+
+
+async def test_a_tokenizer_is_that_of_the_commit(tmp_path: Path, hub: HubStandIn) -> None:
+    adapter = written_with_tokens(tmp_path / "saved", layers=4)
+    first = hub.put("org/name", contents(adapter))
+    hub.put("org/name", contents(adapter) | {"tokenizer.json": b"another one"})
+    async with on_hub(tmp_path, hub) as there:
+        with await there.fetch(f"org/name@{first}") as old, await there.fetch("org/name") as new:
+            assert tokenizer_in(old.path) == tokenizer_in(adapter)
+            assert tokenizer_in(new.path)["tokenizer.json"] == b"another one"
+        asked = len(hub.asked)
+        (old.path / "tokenizer.json").write_bytes(
+            b"x" * len(tokenizer_in(adapter)["chat_template.jinja"])
+        )
+        with await there.fetch(old.key) as again:
+            assert tokenizer_in(again.path) == tokenizer_in(adapter), "wrong bytes are replaced"
+            assert len(hub.asked) > asked
+            assert not again.downloaded
+
+
+async def test_a_tokenizer_over_the_limit_is_not_stored(tmp_path: Path, hub: HubStandIn) -> None:
+    adapter = written_with_tokens(tmp_path / "saved", layers=4)
+    hub.put("org/name", contents(adapter))
+    size = sum(map(len, tokenizer_in(adapter).values()))
+    for limit, fits in ((size - 1, False), (size, True)):
+        async with on_hub(tmp_path, hub, limits=Limits(max_tokenizer_bytes=limit)) as there:
+            if not fits:
+                await fails(there.fetch("org/name"), errors.AdapterFormatError, "max_tokenizer_b")
+                (entry,) = (tmp_path / "cache" / "entries").iterdir()
+                assert not tokenizer_in(entry)
+                continue
+            with await there.fetch("org/name") as folder:
+                assert tokenizer_in(folder.path) == tokenizer_in(adapter)
+
+
+async def test_half_a_tokenizer_leaves_nothing(tmp_path: Path, hub: HubStandIn) -> None:
+    adapter = written_with_tokens(tmp_path / "saved", layers=4)
+    hub.put("org/name", contents(adapter))
+
+    def tear(asked: Asked) -> Reply | None:
+        if asked.method == "GET" and asked.target.endswith("chat_template.jinja"):
+            raise Hangup
+        return None
+
+    hub.behave = tear
+    async with on_hub(tmp_path, hub) as there:
+        await fails(there.fetch("org/name"), errors.FetchError)
+        (entry,) = (tmp_path / "cache" / "entries").iterdir()
+        assert not tokenizer_in(entry)
+        with await there.fetch("org/name") as folder:  # the entry was here before: usable
+            assert (folder.downloaded, tokenizer_in(folder.path)) == (False, {})
+        hub.behave = None
+        with await there.fetch("org/name") as folder:
+            assert tokenizer_in(folder.path) == tokenizer_in(adapter)
 
 
 async def test_a_local_adapter_is_its_own_folder(tmp_path: Path) -> None:

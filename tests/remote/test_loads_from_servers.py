@@ -15,7 +15,20 @@ from origins import KINDS, LAYERS, OBSTORE, VERSIONS, Begun, Origin, made, on, p
 from store_servers import AZURE_KEY, S3_KEY, S3_SECRET
 from tiny_loaders import fails
 from user_loads import LAYERS as MANY
-from user_loads import at, has, loader, secretless, size_of, stored_in, until, version_of, written
+from user_loads import (
+    TOKENIZER,
+    at,
+    contents,
+    has,
+    loader,
+    secretless,
+    size_of,
+    stored_in,
+    until,
+    version_of,
+    written,
+    written_with_tokens,
+)
 
 from lorax_async import AdapterRef, Allow, errors
 from lorax_async.formats.peft_names import INDEX_FILE, WEIGHTS_FILE
@@ -50,6 +63,46 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two that differ in every tensor; some 1 MB each."""
     folder = tmp_path_factory.mktemp("saved")
     return [written(folder / str(n), n, layers=LAYERS, rank=64) for n in range(2)]
+
+
+@on()
+async def test_an_adapter_with_tokens_comes_with_its_tokenizer(
+    origin: Origin, tmp_path: Path
+) -> None:
+    adapter = written_with_tokens(tmp_path / "saved", layers=LAYERS)
+    origin.put(adapter)
+    wanted = {name: data for name, data in contents(adapter).items() if name in FETCHED}
+    assert len(wanted) == len(FETCHED)
+    async with origin.loader() as there:
+        for _ in range(2):
+            async with await there.fetch(origin.id) as folder:
+                found = contents(folder.path)
+                assert wanted.items() <= found.items()
+                assert not {"README.md", "training_args.bin"} & found.keys()
+                assert folder.nbytes == sum(map(len, wanted.values()))
+    async with origin.loader(offline=True) as there, await there.fetch(folder.key) as folder:
+        assert wanted.items() <= contents(folder.path).items()
+
+
+@on("folder", "gs")
+async def test_a_cached_version_that_its_source_has_replaced_is_there_without_tokenizer(
+    origin: Origin, tmp_path: Path
+) -> None:
+    adapter = written_with_tokens(tmp_path / "saved", layers=LAYERS)
+    origin.put_files({name: data for name, data in contents(adapter).items() if "adapter" in name})
+    async with origin.loader(revalidate=0) as there:
+        async with await there.fetch(origin.id) as folder:
+            assert not {*TOKENIZER} & contents(folder.path).keys()
+        (folder.path / "tokenizer").unlink()  # as an entry that was loaded only
+        other = written_with_tokens(tmp_path / "other", layers=2)
+        origin.put(other)
+        async with await there.fetch(folder.key) as again:
+            assert not {*TOKENIZER} & contents(again.path).keys()
+        async with await there.fetch(origin.id) as new:
+            assert {*TOKENIZER} < contents(new.path).keys()
+
+
+FETCHED = {"adapter_config.json", "adapter_model.safetensors", *TOKENIZER}
 
 
 @on()

@@ -54,7 +54,7 @@ def sha256(content: bytes) -> str:
 
 def is_large(name: str) -> bool:
     """Return whether LFS keeps the file, as in .gitattributes of new repositories."""
-    return name.endswith((".safetensors", ".bin"))
+    return name.endswith((".safetensors", ".bin", ".model"))
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -82,6 +82,12 @@ class ToldLocator:
             self.file(ref, WEIGHTS_FILE, stored.weights),
         )
         return LocatedAdapter(ref.text, stored.version, _scope(ref), files)
+
+    async def find_files(
+        self, location: object, ref: AdapterRef, names: Sequence[str]
+    ) -> list[RemoteFile]:
+        """Return none: an adapter here has its config and weights only."""
+        return []
 
     async def _no_answer(self) -> None:
         self.unanswered += 1

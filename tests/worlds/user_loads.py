@@ -6,6 +6,8 @@ from typing import Any
 
 import event_loops
 import tiny
+import torch
+from safetensors.torch import load_file, save_file
 
 from lorax_async import AdapterHandle, AdapterLoader, Allow, LoaderConfig
 from lorax_async.planning.layout import ModelLayout
@@ -27,6 +29,20 @@ def layout(layers: int) -> ModelLayout:
 def written(folder: Path, seed: int = 0, *, layers: int = LAYERS, rank: int = RANK) -> Path:
     """Write an adapter for this model, with random weights."""
     return tiny.write(folder, seed, rank, layers=layers, hidden=HIDDEN)
+
+
+def written_with_tokens(folder: Path, *, layers: int = LAYERS) -> Path:
+    """Write an adapter with a whole embedding and a tokenizer, and files that are neither."""
+    written(folder, layers=layers, rank=16)
+    weights = folder / "adapter_model.safetensors"
+    rows = {"base_model.model.model.embed_tokens.weight": torch.ones(10, HIDDEN)}
+    save_file(load_file(weights) | rows, weights)
+    for name in (*TOKENIZER, "README.md", "training_args.bin"):
+        (folder / name).write_bytes(f"{name}'s content".encode())
+    return folder
+
+
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 
 
 def loader(folder: Path, *, layers: int = LAYERS, **settings: object) -> AdapterLoader:

@@ -99,6 +99,9 @@ CACHES: Mutants = {
         skipped(Folder, "is_named", True)),
     "cache: what is published or opened is held": mutant(
         HELD, (entries, "try_lock", lambda _, **__: True)),
+    "cache: a tokenizer is whole, and as it was fetched": mutant(
+        f"{DISK}::test_a_tokenizer_that_is_written_in_part_is_none",
+        skipped(entries, "_hash_tokenizer", 802)),
     "cache: a download that ends is unlocked": mutant(
         WAITED_FOR, skipped(OpenPartial, "close")),
     "cache: a download of another process is waited for": mutant(
