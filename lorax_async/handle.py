@@ -18,7 +18,7 @@ from lorax_async.devices.base import Device
 from lorax_async.errors import AdapterTimeoutError, LoraxError, Stage, UsageError
 from lorax_async.events import SlotId
 from lorax_async.formats.tensor_kinds import TensorRole
-from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.layout import ModelLayout, Module
 from lorax_async.planning.transfer_plan import TableRow
 from lorax_async.runtime.leases import ExtraTensors, Lease
 from lorax_async.types import AdapterKey, Verification
@@ -233,6 +233,21 @@ class AdapterHandle:
         """What kernels do not read; None if A, B and scale are all."""
         self._lease.check()
         return self._lease.occupancy.extras
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The tokens of the adapter's own vocabulary; None if it has as many as the base's.
+
+        Its header says so: it raises nothing, also once the adapter has failed.
+        """
+        extras = self._lease.occupancy.extras
+        if extras is None:
+            return None
+        for index in extras.whole:
+            module, rows = self._layout.at(index), extras.rows(index)
+            if isinstance(module, Module) and rows not in {None, module.weight_shape[0]}:
+                return rows
+        return None
 
     def is_ready(self, layer: int) -> bool:
         """Return whether the tensors of `layer` (-1 … L) and all before it are on the device.

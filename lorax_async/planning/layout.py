@@ -92,8 +92,8 @@ class ModelLayout:
 
     The rest is not compared. `base` is the model's folder or hub id and `architecture` its class,
     for errors. `others` are indexed after `modules`; a base's config does not tell them.
-    `resizable` is whether adapters may bring a vocabulary of another size. `renames` are prefixes
-    of modules in former versions of transformers, each with what takes its place, in this order.
+    `renames` are prefixes of modules in former versions of transformers, each with what takes its
+    place, in this order.
 
     Raise `ConfigError` for inconsistent values.
     """
@@ -106,7 +106,6 @@ class ModelLayout:
     base: str = field(default="", compare=False)
     architecture: str = field(default="", compare=False)
     others: tuple[OtherModule, ...] = field(default=(), compare=False)
-    resizable: bool = field(default=True, compare=False)
     renames: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:

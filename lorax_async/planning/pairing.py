@@ -194,7 +194,7 @@ def _pick_others(
             module = layout.at(index)
             if part in WHOLE and not (_counts_tokens(module) or module.name in _TASK_HEADS):
                 _require_saved(span.name, spec)
-            if not _fits(part, span.shape, module, layout):
+            if not _fits(part, span.shape, module):
                 expected = list(_shape_of(part, module) or ())
                 mismatches.append(
                     f"{shorten(module.name, 200)} (its {part.value} is {list(span.shape)},"
@@ -274,12 +274,10 @@ def _shape_of(part: TensorRole, module: Module | OtherModule) -> tuple[int, ...]
     return module.weight_shape
 
 
-def _fits(
-    part: TensorRole, shape: tuple[int, ...], module: Module | OtherModule, layout: ModelLayout
-) -> bool:
+def _fits(part: TensorRole, shape: tuple[int, ...], module: Module | OtherModule) -> bool:
     """Return whether a tensor has the base's shape, but for the size of a vocabulary."""
     expected = _shape_of(part, module)
-    resizes = part in WHOLE and layout.resizable and _counts_tokens(module)
+    resizes = part in WHOLE and _counts_tokens(module)
     if expected is None or not (resizes and shape):
         return shape == expected
     return len(shape) == len(expected) and shape[0] > 0 and shape[1:] == expected[1:]

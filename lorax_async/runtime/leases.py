@@ -73,6 +73,11 @@ class ExtraTensors:
         extra, extent = found
         return device.view(extent).view(TORCH_DTYPES[extra.dtype]).view(extra.shape)
 
+    def rows(self, module: int) -> int | None:
+        """Return the rows of a whole module's weight; None if the adapter has none."""
+        found = self._extras.get((module, TensorRole.WEIGHT))
+        return None if found is None else found[0].shape[0]
+
     def tokens(self, module: int) -> tuple[int, ...]:
         """Return the tokens of a module whose rows the adapter has."""
         found = self._extras.get((module, TensorRole.TOKENS))

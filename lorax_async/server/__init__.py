@@ -7,6 +7,7 @@ Only `cli` imports this package. Importing it needs the extra `serve`.
 - `service.py`: `Service`, the state that requests share; requests in flight; `open_service`
 - `server_settings.py`: `ServerSettings`: who may call, as what, and which ids they may name
 - `request_bodies.py`: the bodies, read, parsed and checked; prompts as token ids
+- `adapter_tokenizers.py`: the tokenizers of adapters with a vocabulary of their own
 - `answers.py`: the JSON of answers, as models
 - `responses.py`: errors as HTTP responses, and event streams
 - `completions.py`: one request, from its body to its response

@@ -18,13 +18,14 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from lorax_async.errors import InternalError, LoraxError
-from lorax_async.server.engine import Finish, Generation, Sampling
+from lorax_async.server.engine import Finish, Generation, OtherVocabularyError, Sampling
 from lorax_async.server.request_bodies import (
     MAX_SEED,
     MIN_SEED,
     ChatBody,
     CompletionBody,
     GenerationBody,
+    PromptEncoder,
     StreamOptions,
 )
 from lorax_async.server.responses import (
@@ -42,6 +43,9 @@ from lorax_async.types import AdapterId
 
 Json = dict[str, Any]
 Client = tuple[str, str]
+
+MAX_ATTEMPTS = 3
+"""Attempts of a request, if versions of its adapter with other vocabularies come meanwhile."""
 
 CONTEXT_TOKENS = 8
 """Tokens of the prompt to decode first: some decoders drop a leading space."""
@@ -86,17 +90,16 @@ class GeneratedResponse(Response):
         service = self._service
         try:
             async with service.in_flight.open_scope(stream.receive):
-                prompts = await asyncio.to_thread(service.prompts.read, body)
-                generations = _create_generations(service, body, adapter, prompts, client)
-                with _submit(service, body, generations) as texts:
-                    answer = Answer(body, texts, [*map(len, prompts)])
+                for attempt in range(1, MAX_ATTEMPTS + 1):
+                    encoder, prompts = await service.encoders.read(body, adapter)
                     try:
-                        if body.stream:
-                            await answer.stream(stream)
-                        else:
-                            await stream.respond(JSONResponse(await answer.collect()))
-                    finally:
-                        note_details(stream.scope, **answer.details())
+                        await self._generate(body, adapter, encoder, prompts, stream, client)
+                    except OtherVocabularyError:  # before the first token
+                        if adapter is None or stream.has_begun or attempt == MAX_ATTEMPTS:
+                            raise
+                        await service.encoders.learn(adapter)
+                    else:
+                        break
         except ClientDisconnect as error:
             note_error(stream.scope, error)
             return
@@ -110,11 +113,33 @@ class GeneratedResponse(Response):
                 raise (refusal if isinstance(error, LoraxError) else error) from error.__cause__
             await stream.fail(refusal, error)
 
+    async def _generate(
+        self,
+        body: GenerationBody,
+        adapter: AdapterId | None,
+        encoder: PromptEncoder,
+        prompts: Sequence[tuple[int, ...]],
+        stream: EventStream,
+        client: Client,
+    ) -> None:
+        service = self._service
+        generations = _create_generations(service, body, adapter, encoder, prompts, client)
+        with _submit(service, body, encoder, generations) as texts:
+            answer = Answer(body, texts, [*map(len, prompts)])
+            try:
+                if body.stream:
+                    await answer.stream(stream)
+                else:
+                    await stream.respond(JSONResponse(await answer.collect()))
+            finally:
+                note_details(stream.scope, **answer.details())
+
 
 def _create_generations(
     service: Service,
     body: GenerationBody,
     adapter: AdapterId | None,
+    encoder: PromptEncoder,
     prompts: Sequence[tuple[int, ...]],
     client: Client,
 ) -> list[Generation]:
@@ -137,10 +162,11 @@ def _create_generations(
                 param,
                 "context_length_exceeded",
             )
-        stops = frozenset[int]() if body.ignore_eos else service.stop_tokens
+        stops = frozenset[int]() if body.ignore_eos else encoder.stop_tokens
         for _ in range(body.n or 1):
             sampling = _sampling(body, service.sampling, len(generations))
-            generations.append(Generation(adapter, prompt, new, sampling, stops, client=client))
+            generation = Generation(adapter, prompt, new, sampling, stops, client=client)
+            generations.append(replace(generation, vocabulary_of=encoder.vocabulary_of))
     return generations
 
 
@@ -162,7 +188,10 @@ def _sampling(body: GenerationBody, defaults: Sampling, number: int) -> Sampling
 
 @contextmanager
 def _submit(
-    service: Service, body: GenerationBody, generations: Sequence[Generation]
+    service: Service,
+    body: GenerationBody,
+    encoder: PromptEncoder,
+    generations: Sequence[Generation],
 ) -> Iterator[TextStreams]:
     """Submit all generations or none; on leaving, cancel what is left."""
     service.require_room(len(generations))
@@ -170,7 +199,7 @@ def _submit(
     texts = TextStreams()
     try:
         for generation in generations:
-            detokenizer = Detokenizer(service.prompts.tokenizer, generation.prompt)
+            detokenizer = Detokenizer(encoder.tokenizer, generation.prompt)
             tokens = service.submit(generation, body.model)
             texts.add(tokens, detokenizer, StopStrings(stops))
         yield texts

@@ -17,6 +17,7 @@ import torch
 
 from lorax_async.errors import (
     AdapterFormatError,
+    IncompatibleAdapterError,
     InternalError,
     LoaderClosedError,
     LoraxError,
@@ -25,7 +26,7 @@ from lorax_async.errors import (
 from lorax_async.handle import AdapterHandle
 from lorax_async.scheduler.requests import Request, Ticket
 from lorax_async.scheduler.scheduler import AdapterScheduler, Batch, BatchRow
-from lorax_async.types import AdapterId, require_count
+from lorax_async.types import AdapterId, AdapterKey, require_count
 
 Finish = Literal["stop", "length"]
 
@@ -68,6 +69,12 @@ class Generation:
     """Seconds from `submit` until its first step must begin; None takes the loader's timeout."""
     client: Hashable = field(default=None, repr=False)
     """Whose it is, as in `scheduler.requests.Request`."""
+    vocabulary_of: AdapterKey | None = None
+    """The adapter with a vocabulary of its own whose tokens these are; None is the base."""
+
+
+class OtherVocabularyError(IncompatibleAdapterError):
+    """The prompt has tokens of another vocabulary than that of the adapter's present version."""
 
 
 # -- steps of a decoder ---------------------------------------------------------------------------
@@ -103,8 +110,8 @@ class StepResult:
     """The result of a step."""
 
     logits: torch.Tensor
-    """float32 `[parts, vocabulary]`, of the token after each part's last one. Rows in `out` are
-    undefined."""
+    """float32 `[parts, vocabulary]`, of the token after each part's last one; as wide as the widest
+    vocabulary of a part, and -inf beyond a part's own. Rows in `out` are undefined."""
     out: Mapping[int, LoraxError]
     """The error of each part that was not computed, by its number. Its sequence is forgotten;
     after an `AdapterTimeoutError` it can start over."""
@@ -119,7 +126,7 @@ class Decoder(Protocol):
 
     @property
     def vocabulary(self) -> int:
-        """Token ids are below it."""
+        """Token ids of the base are below it."""
 
     def compute(self, step: DecoderStep) -> StepResult:
         """Compute a step; blocks. An exception fails all of its parts."""
@@ -348,7 +355,9 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and max_new_tokens is {new}: together more"
                 f" than the {self.max_length} that a sequence may have"
             )
-        vocabulary = self._decoder.vocabulary
+        # The limit of a vocabulary of an adapter's own is known once that is loaded.
+        own = generation.vocabulary_of is not None
+        vocabulary = sys.maxsize if own else self._decoder.vocabulary
         if not all(isinstance(token, int) and 0 <= token < vocabulary for token in prompt):
             raise UsageError(f"the prompt's tokens must be integers from 0 to {vocabulary - 1}")
         ticket = self._scheduler.submit(request)
@@ -412,6 +421,20 @@ class Engine:
         self, batch: Batch, rows: Sequence[tuple[BatchRow, TokenStream]], gone: Iterable[int]
     ) -> StepOutcome:
         """Forget the sequences in `gone`, then compute the batch. Blocks; in the thread."""
+        failed_rows = {
+            row.ticket: error
+            for row, stream in rows
+            if (error := _vocabulary_error(row.handle, stream.generation)) is not None
+        }
+        if failed_rows:
+            rows = [pair for pair in rows if pair[0].ticket not in failed_rows]
+        outcome = self._compute_rows(batch, rows, gone)
+        outcome.failed.update(failed_rows)
+        return outcome
+
+    def _compute_rows(
+        self, batch: Batch, rows: Sequence[tuple[BatchRow, TokenStream]], gone: Iterable[int]
+    ) -> StepOutcome:
         parts = [
             SequencePart(
                 stream.number,
@@ -423,6 +446,8 @@ class Engine:
         ]
         try:
             self._forget(gone)
+            if not parts:
+                return StepOutcome()
             computed = self._decoder.compute(
                 DecoderStep(parts, batch.budget, lambda: batch.others_wait)
             )
@@ -465,6 +490,25 @@ class Engine:
         loop = asyncio.get_running_loop()
         done = loop.run_in_executor(self._thread, copy_context().run, work, *args)
         return await asyncio.shield(done)
+
+
+def _vocabulary_error(handle: AdapterHandle | None, generation: Generation) -> LoraxError | None:
+    """Return the error of a sequence whose prompt is not in the vocabulary of its adapter."""
+    rows = None if handle is None else handle.vocabulary
+    if rows is None and generation.vocabulary_of is None:
+        return None
+    if handle is None or rows is None or handle.key != generation.vocabulary_of:
+        return OtherVocabularyError(
+            "its vocabulary is another one than that of the prompt's tokens; ask again",
+            stage="ready",
+        )
+    if (largest := max(generation.prompt)) >= rows:
+        return AdapterFormatError(
+            f"the prompt has the token {largest}, and its vocabulary {rows} rows; save the adapter"
+            " with the tokenizer that it was trained with",
+            stage="ready",
+        )
+    return None
 
 
 class TokenStream:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from lorax_async.errors import shorten
 from lorax_async.server.engine import LEAST_PENALTY, MOST_PENALTY
 from lorax_async.server.responses import Refusal, invalid_parameter
+from lorax_async.types import AdapterKey
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
@@ -390,10 +391,18 @@ def _validation_refusal(error: ValidationError, kind: type[BaseModel]) -> Refusa
 class PromptEncoder:
     """Turn prompts and conversations into token ids. Thread-safe; long texts block for long.
 
-    `tokenizer` is a fast one of transformers.
+    `tokenizer` is a fast one of transformers: the base's, or that of `vocabulary_of`, an adapter
+    with a vocabulary of its own. `stop_tokens` end an answer.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop_tokens: frozenset[int] = frozenset(),
+        vocabulary_of: AdapterKey | None = None,
+    ) -> None:
+        self.stop_tokens = stop_tokens
+        self.vocabulary_of = vocabulary_of
         self._chat = tokenizer
         # A copy: it must not truncate or pad, and the caller's may be reconfigured at any time.
         self.tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

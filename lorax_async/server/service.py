@@ -24,6 +24,7 @@ from lorax_async.errors import CapacityError, ConfigError, LoaderClosedError, sh
 from lorax_async.ids import parse_requested
 from lorax_async.loader import AdapterLoader
 from lorax_async.scheduler.scheduler import AdapterScheduler
+from lorax_async.server.adapter_tokenizers import PromptEncoders
 from lorax_async.server.engine import Engine, Generation, Sampler, Sampling
 from lorax_async.server.monitoring import ColdRequests, Dashboard
 from lorax_async.server.request_bodies import PromptEncoder
@@ -58,8 +59,8 @@ class Service:
         self.settings = settings
         self.engine = engine
         self.loader = loader
-        self.prompts = PromptEncoder(tokenizer)
-        self.stop_tokens = stop_tokens
+        self.prompts = PromptEncoder(tokenizer, stop_tokens)
+        self.encoders = PromptEncoders(loader, tokenizer, self.prompts)
         self.sampling = sampling or Sampling()
         self.created = int(time.time())
         self.names = ModelNames(settings.base, settings.adapters, settings.sources)
@@ -376,8 +377,7 @@ async def open_service(
     `base` is for the service alone; the dtype of `config` is the model's. `warm` is the file
     of the warm list; None keeps none. Raise `ConfigError` for settings that do not fit together.
     """
-    # Its name is for errors. An adapter's own tokens need a tokenizer of its own.
-    layout = replace(layouts.from_module(base.model), base=settings.base, resizable=False)
+    layout = replace(layouts.from_module(base.model), base=settings.base)  # for errors
     sequences = capacity.sequences
     length = base.max_length if capacity.length is None else min(base.max_length, capacity.length)
     async with AsyncExitStack() as stack:

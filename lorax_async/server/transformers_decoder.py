@@ -272,9 +272,7 @@ class TransformersDecoder:
                 pass_logits = self._forward(parts)
             budget = max(0.0, gate.left)
             out.update({numbers[row]: error for row, error in gate.out.items()})
-            if logits is None:
-                logits = pass_logits.new_empty(len(step.parts), pass_logits.shape[1])
-            logits[numbers] = pass_logits
+            logits = _put_rows(logits, numbers, pass_logits, len(step.parts))
         assert logits is not None
         for number in out:
             self.forget(step.parts[number].sequence)
@@ -300,6 +298,22 @@ class TransformersDecoder:
         return logits[:, -1].float()
 
 
+def _put_rows(
+    logits: torch.Tensor | None, numbers: list[int], rows: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Put the logits of a pass into those of `count` parts, which are as wide as the widest.
+
+    -inf is where a part's vocabulary has no token.
+    """
+    width = rows.shape[1]
+    if logits is None:
+        logits = rows.new_full((count, width), -torch.inf)
+    elif logits.shape[1] < width:
+        logits = torch.nn.functional.pad(logits, (0, width - logits.shape[1]), value=-torch.inf)
+    logits[numbers, :width] = rows
+    return logits
+
+
 def cache_argument(model: Any) -> str:
     """Return the argument of `model` that takes a cache: transformers 5.25 renamed it."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
@@ -307,10 +321,13 @@ def cache_argument(model: Any) -> str:
 
 def _passes(parts: Sequence[SequencePart]) -> list[list[int]]:
     """Group the numbers of parts by forward pass; passes that may wait for adapters come last."""
-    groups = dict[tuple[int, int], list[int]]()
+    groups = dict[tuple[int, int, int | None], list[int]]()
     for number, part in enumerate(parts):
         tokens = len(part.tokens)
-        groups.setdefault((tokens, part.start if tokens > 1 else 0), []).append(number)
+        # A model that caps its logits takes one vocabulary per pass.
+        vocabulary = None if part.handle is None else part.handle.vocabulary
+        pass_key = tokens, part.start if tokens > 1 else 0, vocabulary
+        groups.setdefault(pass_key, []).append(number)
 
     def may_wait(numbers: list[int]) -> bool:
         handles = (parts[number].handle for number in numbers)

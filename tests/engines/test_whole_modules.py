@@ -257,6 +257,10 @@ async def test_a_resized_vocabulary_answers_with_its_own_logits(
     model = base()
     async with serving(model) as (loader, attached), AsyncExitStack() as stack:
         own, other = [stack.enter_context(await loader.load(it)) for it in (adapter, plain)]
+        assert (own.vocabulary, other.vocabulary) == (rows, None)
+        with await loader.load(other.key) as released:
+            pass
+        assert released.vocabulary is None, "it needs no lease"
         with attached.batch([own]):
             logits = await asyncio.to_thread(logits_of, model, alone)
         # The grown base's layers were drawn after a larger embedding: take this base's.

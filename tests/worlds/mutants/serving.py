@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lorax_async.engines.batch import ModelBatch
 from lorax_async.handle import AdapterHandle
-from lorax_async.server import engine, warm_list
+from lorax_async.server import adapter_tokenizers, engine, warm_list
 from lorax_async.server.engine import Engine
 from lorax_async.server.service import InFlightRequests, RequestScope
 from lorax_async.server.transformers_decoder import KVCache, PlacesLayer
@@ -26,6 +26,7 @@ THREADS = "engines/test_attach.py"
 ENGINE = "server/test_engine.py"
 DECODER = "server/test_decoder.py"
 WARM = "server/test_warm_list.py"
+TOKENIZERS = "server/test_adapter_tokenizers.py"
 
 
 def _only_told(self: Engine) -> list[int]:
@@ -52,6 +53,12 @@ SERVING: Mutants = {
     "engine: an ended sequence is freed": mutant(
         f"{ENGINE}::test_an_answer_cancelled_at_any_time_disturbs_none",
         skipped(Engine, "_take_ended", ())),
+    "engine: a prompt is in the vocabulary of its adapter": mutant(
+        f"{TOKENIZERS}::test_answers_are_pefts_with_the_adapter_s_tokenizer",
+        skipped(engine, "_vocabulary_error")),
+    "server: an adapter's own tokenizer is there, and of bounded size": mutant(
+        f"{TOKENIZERS}::test_a_tokenizer_that_cannot_be_read_is_a_typed_error",
+        skipped(adapter_tokenizers, "require_file")),
     "keys: a free place holds nothing": mutant(
         f"{DECODER}::test_what_was_at_a_place_never_matters", skipped(PlacesLayer, "clear")),
     "keys: what does not follow changes nothing": mutant(
