@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn, Self, SupportsIndex
+from typing import Any, NoReturn, Self, SupportsIndex
 
 import torch
 
@@ -18,7 +18,7 @@ from lorax_async.devices.base import Device
 from lorax_async.errors import AdapterTimeoutError, LoraxError, Stage, UsageError
 from lorax_async.events import SlotId
 from lorax_async.formats.tensor_kinds import TensorRole
-from lorax_async.planning.layout import ModelLayout, Module
+from lorax_async.planning.layout import ModelLayout, Module, Parameter
 from lorax_async.planning.transfer_plan import TableRow
 from lorax_async.runtime.leases import ExtraTensors, Lease
 from lorax_async.types import AdapterKey, Verification
@@ -86,6 +86,64 @@ class WholeModule(ModuleWeights):
         return f"WholeModule({self.weight!r}, {self.bias!r}, {self.tokens!r})"
 
 
+class ParameterWeights(ModuleWeights):
+    """A bare parameter that the adapter changes (target_parameters), as of fused experts.
+
+    `expert(n)` has A and B of one expert, of `experts`; a parameter without experts has one.
+    `scale` and `rank` are those of all. It has no A and B itself: reading them raises `UsageError`.
+    """
+
+    __slots__ = ("_a", "_b", "_swapped", "experts")
+    experts: int
+    _a: torch.Tensor
+    _b: torch.Tensor
+    _swapped: bool
+
+    def __init__(
+        self, parameter: Parameter, extras: ExtraTensors, device: Device, index: int
+    ) -> None:
+        slot = extras.slot(index, TensorRole.PARAMETER_A)
+        b = extras.view(device, index, TensorRole.PARAMETER_B)
+        if b is None:
+            b = extras.view(device, index, TensorRole.EXPERTS_B)
+        fields: dict[str, object] = {
+            "scale": slot.scale,
+            "rank": slot.rank,
+            "bias": None,
+            "magnitude": None,
+        }
+        fields |= {"experts": parameter.experts, "_swapped": slot.swapped, "_b": b}
+        fields |= {"_a": extras.view(device, index, TensorRole.PARAMETER_A)}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def expert(self, number: int) -> ModuleWeights:
+        """Return one expert's A `[rank, in]` and B `[out, rank]`, with the scale of all."""
+        if not 0 <= number < self.experts:
+            raise UsageError(f"there is no expert {number} of {self.experts}")
+        a, b, count, rank = self._a, self._b, self.experts, self.rank
+        first = a.view(count, rank, -1)[number]
+        if b.dim() > 2:  # a block for each part of the rank
+            blocks: Any = torch.block_diag  # untyped in torch
+            last = b[number][0] if b.shape[1] == 1 else blocks(*b[number])
+        else:
+            last = b.view(-1, rank, count)[:, :, number]
+        if self._swapped:
+            first, last = last.T, first.T
+        return ModuleWeights(first, last, self.scale, rank)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in ModuleWeights.__slots__:
+            raise UsageError(
+                f"the adapter changes a bare parameter, whose {name!r} has all experts: use"
+                " expert(number), or refuse adapters with handle.extras"
+            )
+        raise AttributeError(name)
+
+    def __repr__(self) -> str:
+        return f"<ParameterWeights of {self.experts} experts, rank {self.rank}>"
+
+
 class ModuleViews(Mapping[str, ModuleWeights]):
     """Weights by the layout's module names, for ready layers; each access checks the lease."""
 
@@ -98,7 +156,8 @@ class ModuleViews(Mapping[str, ModuleWeights]):
             layout.modules[row.module].name: row for group in groups for row in group.rows
         }
         extras = lease.occupancy.extras
-        for module in sorted(extras.whole | extras.trained) if extras is not None else ():
+        beside = extras.whole | extras.trained | extras.parameters if extras is not None else ()
+        for module in sorted(beside):
             self._rows[layout.at(module).name] = module
 
     def __getitem__(self, name: str) -> ModuleWeights:
@@ -108,6 +167,11 @@ class ModuleViews(Mapping[str, ModuleWeights]):
         layer = self._layout.at(module).layer
         if not self._lease.occupancy.is_ready(layer):
             raise UsageError(f"layer {layer} is not ready yet; await layer_ready({layer})")
+        entry = self._layout.at(module)
+        if isinstance(entry, Parameter):
+            extras = self._lease.occupancy.extras
+            assert extras is not None
+            return ParameterWeights(entry, extras, self._device, module)
         if isinstance(row, int):
             rows = self._extra(module, TensorRole.TOKENS)
             if rows is not None:

@@ -34,14 +34,16 @@ from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import (
     HEADS,
     WEIGHT_DTYPES,
+    TensorName,
     layer_index,
     matrix_error,
     parse_tensor_name,
+    targeting_of,
 )
 from lorax_async.formats.safetensors import Header, TensorSpan
 from lorax_async.formats.strict_json import JsonValue, parse_object
-from lorax_async.formats.tensor_kinds import WHOLE, TensorRole
-from lorax_async.planning.layout import ModelLayout, Module, OtherModule, Parallelism
+from lorax_async.formats.tensor_kinds import PARAMETERS, WHOLE, TensorRole
+from lorax_async.planning.layout import ModelLayout, Module, OtherModule, Parallelism, Parameter
 from lorax_async.planning.model_families import (
     HEAD_COUNTS,
     HEAD_DIMS,
@@ -109,6 +111,16 @@ def is_lookup(name: str, module: nn.Module) -> bool:
         return False
     plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
     return plain and module.max_norm is None
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Return whether a module has fused experts, as transformers 5 has them."""
+    fields = vars(module)
+    known = {"has_gate", "has_bias", "is_transposed"} <= fields.keys()
+    if not known or fields.get("has_post_expert_norm"):
+        return False
+    first = "gate_up_proj" if fields["has_gate"] else "up_proj"
+    return {first, "down_proj"} <= dict(module.named_parameters(recurse=False)).keys()
 
 
 def is_conv1d(module: nn.Module) -> TypeGuard[Any]:
@@ -339,6 +351,7 @@ def from_module(model: nn.Module, dtype: Dtype = None) -> ModelLayout:
         _text_prefixes(model),
         architecture=type(model).__name__,
         others=_other_modules(model, {module.name for module in modules}, num_layers),
+        parameters=_parameters(model, {module.name for module in modules}),
         renames=_renames(model),
     )
 
@@ -361,6 +374,27 @@ def _other_modules(model: nn.Module, known: set[str], num_layers: int) -> tuple[
         layer_of = outside if index is None else index
         others.append(OtherModule(name, shapes[0], shapes[1], layer_of))
     return tuple(others)
+
+
+def _parameters(model: nn.Module, known: set[str]) -> tuple[Parameter, ...]:
+    """Return the bare parameters of experts and routers, which are in numbered layers.
+
+    Without those of modules in `known`, which are named like them.
+    """
+    found = []
+    for name, module in model.named_modules():
+        layer = layer_index(name)
+        own = dict(module.named_parameters(recurse=False))
+        # A router is one matrix, and perhaps a bias.
+        router = set(own) <= {"weight", "bias"} and "weight" in own and own["weight"].dim() == 2
+        if layer is None or name in known or not (router or is_experts(module)):
+            continue
+        transposed = bool(getattr(module, "is_transposed", False))
+        for key, parameter in own.items():
+            shape = tuple(parameter.shape)
+            if len(shape) in {2, 3}:
+                found.append(Parameter(name, key, shape, layer, transposed and len(shape) == 3))
+    return tuple(found)
 
 
 def _renames(model: Any) -> tuple[tuple[str, str], ...]:
@@ -452,8 +486,9 @@ def from_adapter(dir: str | PathLike[str], *, limits: Limits | None = None) -> M
     except LoraxError as error:
         raise error.located(id=str(folder)) from error
     whole = _whole_shapes(header)
-    shapes = _shapes(header)
-    numbers = {path: layer_index(path) for path in (*shapes, *whole)}
+    parameters = _adapter_parameters(header, spec)
+    shapes = _shapes(header, {it.module for it in parameters})
+    numbers = {it: layer_index(it) for it in (*shapes, *whole, *(it.module for it in parameters))}
     num_layers = 1 + max((n for n in numbers.values() if n is not None), default=0)
     layers: dict[str, int] = {}
     for path, number in numbers.items():
@@ -473,12 +508,14 @@ def from_adapter(dir: str | PathLike[str], *, limits: Limits | None = None) -> M
     ]
     modules += _token_modules(header, spec)
     dtypes = {span.dtype for a, b, _ in shapes.values() for span in (a, b)}
+    dtypes |= {span.dtype for _, span in _factors(header)}
     uniform = len(dtypes) == 1 and dtypes <= set(WEIGHT_DTYPES)
     layout = ModelLayout(
         tuple(modules),
         num_layers,
         dtypes.pop() if uniform else "F32",
         others=tuple(OtherModule(path, *own, layers[path]) for path, own in whole.items()),
+        parameters=tuple(replace(it, layer=layers[it.module]) for it in parameters),
     )
     # Make the checks of a load, and so raise its errors, by planning the transfer.
     plan_transfer(
@@ -492,6 +529,46 @@ def from_adapter(dir: str | PathLike[str], *, limits: Limits | None = None) -> M
         staging_move_bytes=1 << 30,
     )
     return layout
+
+
+_EXPERT_KEYS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+"""The parameters of fused experts in transformers, in the order of their modules."""
+
+
+def _adapter_parameters(header: Header, spec: AdapterSpec) -> list[Parameter]:
+    """Return bare parameters as an adapter's shapes tell them, without their layers.
+
+    Transposed ones, because they take A and B as they are: PEFT's older form cannot be told.
+    """
+    targeting, found = targeting_of(spec), dict[str, dict[int, TensorSpan]]()
+    for span in header.tensors if spec.parameters else ():
+        name = parse_tensor_name(span.name)
+        plain = name.part is TensorRole.A and not name.embedding and not name.depth
+        outer = plain and targeting.omitted_by(name.module) is not None
+        if (name.part is TensorRole.PARAMETER_A or outer) and len(span.shape) == 2:
+            found.setdefault(name.module, {})[name.depth] = span
+    shapes = {(it.module, it.depth): span.shape for it, span in _factors(header)}
+    parameters = []
+    for path, by_depth in found.items():
+        ends = (name.rpartition(".") for name in spec.parameters)
+        keys = {key for owner, dot, key in ends if f".{path}".endswith(f"{dot}{owner}")}
+        order = [key for key in _EXPERT_KEYS if key in keys]
+        for depth, key in enumerate([*order, *sorted(keys.difference(order))][::-1]):
+            a, b = by_depth.get(depth), shapes.get((path, depth))
+            if a is None or b is None or len(b) != 2:
+                continue
+            experts = a.shape[0] // spec.rank_of(f"{path}.{key}")
+            sizes = (experts, a.shape[1], b[0]) if experts > 1 else (b[0], a.shape[1])
+            parameters.append(Parameter(path, key, sizes, 0, transposed=experts > 1))
+    return parameters[::-1]
+
+
+def _factors(header: Header) -> Iterator[tuple[TensorName, TensorSpan]]:
+    """Yield the names and spans of B."""
+    for span in header.tensors:
+        name = parse_tensor_name(span.name)
+        if name.part in {TensorRole.B, TensorRole.PARAMETER_B} and not name.embedding:
+            yield name, span
 
 
 _Shape: TypeAlias = tuple[int, ...] | None
@@ -521,13 +598,17 @@ def _token_modules(header: Header, spec: AdapterSpec) -> list[Module]:
     ]
 
 
-def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan, bool]]:
-    """Return A and B of each module, and whether it is an embedding."""
+def _shapes(header: Header, parameters: set[str]) -> dict[str, tuple[TensorSpan, TensorSpan, bool]]:
+    """Return A and B of each module, and whether it is an embedding.
+
+    Without those of modules whose `parameters` the adapter changes.
+    """
     parts: dict[str, dict[TensorRole, TensorSpan]] = {}
     vectors: dict[str, TensorSpan] = {}
     embeddings: dict[str, bool] = {}
     named = [(parse_tensor_name(span.name), span) for span in header.tensors]
-    left = WHOLE | {TensorRole.TOKENS}
+    left = WHOLE | PARAMETERS | {TensorRole.TOKENS}
+    named = [(name, span) for name, span in named if name.module not in parameters]
     for name, span in [(name, span) for name, span in named if name.part not in left]:
         if name.part not in _MATRICES:
             vectors.setdefault(name.module, span)
@@ -551,7 +632,7 @@ def _shapes(header: Header) -> dict[str, tuple[TensorSpan, TensorSpan, bool]]:
                 f"tensor {shorten(span.name, 200)!r} has no A and B beside it; save the adapter"
                 " again"
             )
-    if not parts:
+    if not parts and not parameters:
         raise AdapterFormatError("the file has no tensors of A and B; save the adapter again")
     return {
         path: (ab[TensorRole.A], ab[TensorRole.B], embeddings[path]) for path, ab in parts.items()

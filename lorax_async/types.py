@@ -356,6 +356,8 @@ class AdapterSpec:
     """`target_modules` as written; `formats.peft_names` says which modules these are."""
     excluded: ModuleNames = None
     """`exclude_modules` as written."""
+    parameters: tuple[str, ...] = ()
+    """`target_parameters`: ends of the paths of bare parameters, from a dot on."""
     layers: tuple[int, ...] = ()
     """`layers_to_transform`: the layers to which names in `targets` are limited; () is all."""
     layer_patterns: tuple[str, ...] = ()

@@ -61,6 +61,7 @@ from lorax_async.errors import (
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import PREFIX, Targeting, targeting_of
 from lorax_async.formats.strict_json import parse_object
+from lorax_async.formats.tensor_kinds import FEATURES, TensorRole
 from lorax_async.handle import AdapterHandle
 from lorax_async.planning.pairing import check_matching, require_targeted
 from lorax_async.sources.local import CONFIG
@@ -166,7 +167,9 @@ class LoraConfig(AdapterConfig):
         with naming_adapter(adapter_id):
             path = f"{adapter_folder(adapter_id, api_token, weights=False)}/{CONFIG}"
             spec = parse_config(read_small(path, LIMITS.max_config_bytes), LIMITS)
-            for has_it, feature in ((spec.dora, "DoRA"), (spec.lora_bias, "lora_bias")):
+            features = {"DoRA": spec.dora, "lora_bias": spec.lora_bias}
+            features[FEATURES[TensorRole.PARAMETER_A]] = bool(spec.parameters)
+            for feature, has_it in features.items():
                 if has_it:
                     raise inexpressible("the config", feature)
             targets = list(spec.targets) if isinstance(spec.targets, tuple) else spec.targets

@@ -67,6 +67,7 @@ SHOWN_FIELDS = (
     "use_dora",
     "lora_bias",
     "target_modules",
+    "target_parameters",
     "rank_pattern",
     "alpha_pattern",
     "layers_to_transform",
@@ -74,6 +75,9 @@ SHOWN_FIELDS = (
 """The fields of the config that describe the adapter."""
 
 MAX_PROBLEMS = 20
+
+_A = frozenset({TensorRole.A, TensorRole.PARAMETER_A})
+_B = frozenset({TensorRole.B, TensorRole.PARAMETER_B})
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +198,6 @@ def _read_config(folder: Path, limits: Limits, found: Inspection) -> AdapterSpec
                 if name in FIELDS:
                     FIELDS[name].check(name, value)
                 accepted[name] = value
-        if fields.get("target_parameters") and not accepted.get("target_modules"):
-            accepted.pop("target_modules", None)  # PEFT allows an empty list beside them
         if len(accepted) < len(fields):
             text = json.dumps(accepted).encode()
         spec = parse_config(text, limits)
@@ -226,7 +228,8 @@ def _find_targets(
         with found.collect():
             name = parse_tensor_name(span.name)
             tensor = span, name, layer_index(name.module)
-            groups.setdefault(name.module.rpartition(".")[2], []).append(tensor)
+            last = name.module.rpartition(".")[2] + ".base_layer" * name.depth
+            groups.setdefault(last, []).append(tensor)
     targets = []
     for last, tensors in sorted(groups.items()):
         modules = {name.module for _, name, _ in tensors}
@@ -234,15 +237,15 @@ def _find_targets(
             {
                 name.module: span.shape
                 for span, name, _ in tensors
-                if name.part is part and len(span.shape) == 2
+                if name.part in parts and len(span.shape) == 2
             }
-            for part in (TensorRole.A, TensorRole.B)
+            for parts in (_A, _B)
         )
         target = TargetModules(
             name=last,
             modules=len(modules),
             layers=tuple(sorted({layer for _, _, layer in tensors if layer is not None})),
-            ranks=tuple(sorted({shape[0] for shape in a.values()})),
+            ranks=tuple(sorted({_rank(m, shape[0], spec) for m, shape in a.items()})),
             scales=() if spec is None else tuple(sorted({spec.scale_of(m) for m in modules})),
             shapes=tuple(sorted({(a[m][1], b[m][0]) for m in a.keys() & b.keys()})),
             dtypes=tuple(sorted({span.dtype for span, _, _ in tensors})),
@@ -250,6 +253,13 @@ def _find_targets(
         )
         targets.append(target)
     return targets
+
+
+def _rank(module: str, rows: int, spec: AdapterSpec | None) -> int:
+    """Return the rank of an A of `rows`, which bare parameters have for each expert."""
+    if spec is None or not spec.parameters or rows % spec.rank_of(module):
+        return rows
+    return spec.rank_of(module)
 
 
 # -- the command ----------------------------------------------------------------------------------

@@ -20,13 +20,14 @@ from torch.nn.functional import embedding, linear
 
 from lorax_async.devices.base import Device
 from lorax_async.devices.base_copies import BaseCopies, plain_weight
+from lorax_async.engines import experts
 from lorax_async.engines.layer_gate import LayerGate, PassSpans
 from lorax_async.errors import LoraxError, UsageError
 from lorax_async.formats.tensor_kinds import TensorRole
-from lorax_async.handle import AdapterHandle
+from lorax_async.handle import AdapterHandle, ParameterWeights
 from lorax_async.lru import remember
 from lorax_async.planning.batch_plan import BASE_ONLY, plan_rows
-from lorax_async.planning.layout import Module, OtherModule
+from lorax_async.planning.layout import Adaptable, Module, Parameter
 from lorax_async.runtime.leases import ExtraTensors
 from lorax_async.telemetry import Tracer
 from lorax_kernels import Operands, Plan, Tables, Thresholds, apply
@@ -69,13 +70,17 @@ Segment = tuple[int, int, int]
 class AdaptedModule:
     """A module of the model, its layout entry, and the entry's index.
 
-    `group` holds the indices of the modules with the same input, or is empty.
+    `group` holds the indices of the modules with the same input, or is empty; `parameters` those
+    of the module's bare parameters. `flat` is whether it is beside fused experts, whose inputs are
+    `[rows * tokens, in]`.
     """
 
     base: nn.Module
-    module: Module | OtherModule
+    module: Adaptable
     index: int
     group: tuple[int, ...] = ()
+    parameters: tuple[int, ...] = ()
+    flat: bool = False
 
 
 class DoraFactors:
@@ -252,7 +257,7 @@ class LoaderLocation:
     batches. `copies` compare with the model while it is attached; `replaced` are its modules with
     adapters' parameters. `caps_logits` is whether the model changes the head's outputs, so that
     -inf would not stay what it is. `tied` has the embedding's index of each head that shares its
-    weight.
+    weight, `parameters` the bare ones by index.
     """
 
     device: Device
@@ -263,6 +268,7 @@ class LoaderLocation:
     copies: BaseCopies
     caps_logits: bool = False
     tied: Mapping[int, int] = field(default_factory=dict)
+    parameters: Mapping[int, Parameter] = field(default_factory=dict)
     tracer: Tracer = field(default_factory=Tracer)
     replaced: ReplacedModules = field(default_factory=ReplacedModules)
 
@@ -297,8 +303,11 @@ class ModelBatch:
         self._handles = tuple(dict.fromkeys(row for row in rows or () if row is not None))
         self._extras: dict[int, ExtraTensors] = {}  # by slot
         self.replaced: frozenset[int] = frozenset()
-        """The modules that an adapter of the batch replaces, as indices into the layout."""
+        """The modules that an adapter of the batch replaces, or bare parameters that it changes,
+        as indices into the layout."""
         self._row_slots = tuple(None if row is None else row.slot for row in rows or ())
+        self._tokens = 0
+        """Tokens per row of the pass, by the last input that told it."""
         self._flat: tuple[ReferenceType[torch.Tensor], torch.Tensor] | None = None
         self._uses = ExitStack()
         self._lock = Lock()
@@ -316,7 +325,8 @@ class ModelBatch:
                     uses.enter_context(handle.use())
                     if (extras := handle.extras) is not None:
                         self._extras[handle.slot.index] = extras
-                        self.replaced |= extras.whole | self._place.with_tied(extras.trained)
+                        self.replaced |= extras.whole | extras.parameters
+                        self.replaced |= self._place.with_tied(extras.trained)
                 except UsageError:
                     raise
                 except LoraxError as error:
@@ -358,7 +368,7 @@ class ModelBatch:
                 self.gate.spans.end()
             self._uses.close()
 
-    def check(self, x: torch.Tensor, module: Module | OtherModule) -> None:
+    def check(self, x: torch.Tensor, module: Adaptable) -> None:
         """Raise UsageError if `x` `[rows, tokens, in]` has another number of rows."""
         if self._rows is not None and x.dim() == 3 and x.shape[0] != self._rows:
             raise UsageError(
@@ -411,6 +421,49 @@ class ModelBatch:
             y = _with_rows(y, rows, own)
         return y
 
+    def change(
+        self, base: Callable[..., Any], inputs: tuple[torch.Tensor, ...], adapted: AdaptedModule
+    ) -> Any:
+        """Return the outputs of a module whose bare parameters adapters of the batch change.
+
+        Inputs and outputs have a row per token, all tokens of the batch's first row first. `base`
+        is the base's forward.
+        """
+        self.gate.enter(adapted.module.layer)
+        own = frozenset(adapted.parameters)
+        rows = self._rows_of(lambda extras: not own.isdisjoint(extras.parameters))
+        adapters = {
+            slot: self._parameters(slot, adapted)
+            for slot in rows
+            if slot not in self.gate.slots_out
+        }
+        if adapters and len(set(self._slots)) == 1:
+            (adapter,) = adapters.values()
+            return experts.compute(adapted.base, adapter, inputs)
+        places = torch.arange(inputs[0].shape[0], device=inputs[0].device)
+        if self._rows is None or any(len(x) != self._rows * self._tokens for x in inputs):
+            raise _mixed_error(adapted.module, inputs, self._rows)
+        by_row = places.view(self._rows, self._tokens)
+        changed = {row for slot in adapters for row in rows[slot]}
+        parts = []
+        if rest := [row for row in range(self._rows) if row not in changed]:
+            at = by_row[rest].flatten()
+            parts.append((at, base(*(x[at] for x in inputs))))
+        for slot, adapter in adapters.items():
+            at = by_row[rows[slot]].flatten()
+            parts.append((at, experts.compute(adapted.base, adapter, tuple(x[at] for x in inputs))))
+        return _joined(parts)
+
+    def _parameters(self, slot: int, adapted: AdaptedModule) -> dict[str, ParameterWeights]:
+        """Return an adapter's share of a module's bare parameters, by their names there."""
+        extras, place = self._extras[slot], self._place
+        found = {}
+        for index in adapted.parameters:
+            if index in extras.parameters:
+                parameter = place.parameters[index]
+                found[parameter.key] = ParameterWeights(parameter, extras, place.device, index)
+        return found
+
     def _rows_of(self, has: Callable[[ExtraTensors], bool]) -> dict[int, list[int]]:
         """Return the rows of each slot whose extras fulfil `has`."""
         rows: dict[int, list[int]] = {}
@@ -449,17 +502,17 @@ class ModelBatch:
             return y
         module, tables = adapted.module, self._place.tables
         self.gate.enter(module.layer)
-        # Embeddings also get positions, one row for all: [1, tokens].
-        has_rows = x.dim() == 2 and x.shape[0] == self._rows if module.embedding else x.dim() == 3
-        if not has_rows:
+        if (tokens := self._count_tokens(x, adapted)) is None:
             self._require_untouched(x, adapted)
             return y
-        y = y.contiguous()
-        flat_y, flat_x = y.detach().flatten(0, 1), self._flattened(x)
+        y = _guarded(y.contiguous())
+        flat_y, flat_x = y.detach(), x.detach()
+        if not (adapted.flat and x.dim() == 2):
+            flat_y, flat_x = flat_y.flatten(0, 1), self._flattened(x)
         out = self.gate.slots_out
         # Prefill, decoding step or head.
-        key = self._row_slots, x.shape[1], out, self._thresholds
-        plan = self._place.plans.get(key, partial(self._new_plan, x.shape[1], out))
+        key = self._row_slots, tokens, out, self._thresholds
+        plan = self._place.plans.get(key, partial(self._new_plan, tokens, out))
         others = plan.others
         try:
             if module.embedding:
@@ -472,7 +525,18 @@ class ModelBatch:
                 f"module {module.name!r}: {error}; give the loader the dtype and layout that the"
                 " module computes with (autocast changes the dtype)"
             ) from error
-        return _guarded(y) if y.requires_grad else y
+        return y
+
+    def _count_tokens(self, x: torch.Tensor, adapted: AdaptedModule) -> int | None:
+        """Return the tokens per row of a module's input; None if its rows cannot be told apart."""
+        if adapted.flat and x.dim() == 2 and self._rows is not None:
+            return self._tokens if x.shape[0] == self._rows * self._tokens else None
+        # Embeddings also get positions, one row for all: [1, tokens].
+        has_rows = x.shape[0] == self._rows if adapted.module.embedding else x.dim() == 3
+        if not has_rows or (adapted.module.embedding and x.dim() != 2):
+            return None
+        self._tokens = x.shape[1]
+        return self._tokens
 
     @torch.no_grad()
     def _add_others(
@@ -577,8 +641,18 @@ def _with_rows(y: torch.Tensor, rows: torch.Tensor, own: torch.Tensor) -> torch.
     return y.index_copy(0, rows, own)
 
 
+def _joined(
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, ...]]],
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Return outputs of which each part has some rows, at the given places."""
+    outputs = [(own,) if isinstance(own, torch.Tensor) else own for _, own in parts]
+    places = torch.cat([at for at, _ in parts]).argsort()
+    joined = tuple(torch.cat(own)[places] for own in zip(*outputs, strict=True))
+    return joined[0] if isinstance(parts[0][1], torch.Tensor) else joined
+
+
 def _mixed_error(
-    module: Module | OtherModule, inputs: tuple[torch.Tensor, ...], rows: int | None
+    module: Adaptable, inputs: tuple[torch.Tensor, ...], rows: int | None
 ) -> UsageError:
     shapes = ", ".join(str(list(x.shape)) for x in inputs)
     return UsageError(
@@ -589,15 +663,24 @@ def _mixed_error(
 
 
 def _guarded(y: torch.Tensor) -> torch.Tensor:
-    """Return `y`, which raises `UsageError` if a gradient flows through it."""
-    if y.requires_grad:
-        on_gradient: Any = y.register_hook  # untyped in torch
-        on_gradient(_refuse_gradient)
-    return y
+    """Return `y`; if it requires a gradient, a copy that raises `UsageError` when one flows.
+
+    A copy, because `y` may be a view, and torch can crash when it looks for the gradient of a view
+    whose memory was written to through `detach`.
+    """
+    apply: Any = _Inference.apply
+    guarded: torch.Tensor = apply(y) if y.requires_grad else y
+    return guarded
 
 
-def _refuse_gradient(_: torch.Tensor) -> NoReturn:
-    raise UsageError(
-        "attached adapters are for inference, and a gradient would miss them; detach before"
-        " training"
-    )
+class _Inference(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, y: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+        return y.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Any) -> NoReturn:  # noqa: ARG004
+        raise UsageError(
+            "attached adapters are for inference, and a gradient would miss them; detach before"
+            " training"
+        )

@@ -336,6 +336,8 @@ class BaseRequirements:
             )
         layout = self.layout or layouts.from_adapter(folder, limits=limits)
         _, others = pair_tensors(header, spec, layout, limits)
+        for other in others if self.engine else ():
+            self._require_role(other.span.name, other.part)
         if self.base_copies != "trust":
             base = BaseCopies(shard_layout(replace(layout, base=layout.base or self.base), None))
             copies = [BaseCopy.of(it) for it in others if it.part is TensorRole.BASE_COPY]
@@ -347,12 +349,17 @@ class BaseRequirements:
     def _require_applied(self, tensor: str) -> None:
         """Raise `UnsupportedAdapterError` for a tensor of a kind that the engine would drop."""
         name = parse_tensor_name(tensor)
-        kinds = (
-            kind for kind in KINDS if (kind.role, kind.embedding) == (name.part, name.embedding)
-        )
+        self._require_role(tensor, name.part, embedding=name.embedding)
+
+    def _require_role(
+        self, tensor: str, role: TensorRole, *, embedding: bool | None = None
+    ) -> None:
+        kinds = [kind for kind in KINDS if kind.role is role]
+        if embedding is not None:
+            kinds = [kind for kind in kinds if kind.embedding == embedding]
         if all(self.engine not in kind.engines for kind in kinds):
             raise UnsupportedAdapterError(
-                f"tensor {shorten(tensor, 200)!r} belongs to {FEATURES[name.part]}, which"
+                f"tensor {shorten(tensor, 200)!r} belongs to {FEATURES[role]}, which"
                 f" {self.engine} does not apply; serve it with lorax_async's own server, or train"
                 " without it"
             )

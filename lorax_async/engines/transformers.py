@@ -42,7 +42,7 @@ from lorax_async.errors import ConfigError, LoraxError, UsageError
 from lorax_async.handle import AdapterHandle
 from lorax_async.layouts import is_conv1d, is_lookup
 from lorax_async.loader import AdapterLoader
-from lorax_async.planning.layout import ModelLayout, Module, OtherModule, Parallelism
+from lorax_async.planning.layout import ModelLayout, Module, OtherModule, Parallelism, Parameter
 
 _SAME_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
@@ -171,6 +171,7 @@ def attach(model: nn.Module, loader: AdapterLoader) -> AttachedModel:
         copies,
         caps_logits=_caps_logits(model),
         tied=_tied_heads(bases, loader.held_layout.modules),
+        parameters=loader.held_layout.parameters_by_index,
         tracer=loader.tracer,
     )
     require_fit(bases, str(loader.config.dtype), place.tables.rank.device)
@@ -178,6 +179,12 @@ def attach(model: nn.Module, loader: AdapterLoader) -> AttachedModel:
         raise UsageError("the model has adapters attached already; detach them first")
     copies.use_model(bases)
     return AttachedModel(model, bases, loader.held_layout, place)
+
+
+def _is_beside(path: str, owners: set[str]) -> bool:
+    """Return whether a module is in one of `owners`, and none of the experts themselves."""
+    ends = [n for n, character in enumerate(path) if character == "."]
+    return ".experts." not in path and any(path[:end] in owners for end in ends)
 
 
 def _tied_heads(bases: list[nn.Module], modules: Sequence[Module]) -> dict[int, int]:
@@ -210,14 +217,20 @@ class AttachedModel:
         self._lock = Lock()
         self._open: set[ModelBatch] = set()
         groups = groups_of(modules)
+        owners = {it.module.rpartition(".")[0] for it in layout.parameters}
         self._replaced = [
-            AdaptedForward(self, AdaptedModule(base, module, index, groups.get(index, ())))
+            AdaptedForward(
+                self,
+                AdaptedModule(
+                    base, module, index, groups.get(index, ()), flat=_is_beside(module.name, owners)
+                ),
+            )
             for index, (base, module) in enumerate(zip(bases, modules, strict=True))
         ]
         for replaced in self._replaced:
             replaced.install()
-        self._others: dict[int, AdaptedForward] = {}
-        """By index, of the modules that an adapter of a batch has replaced."""
+        self._others: dict[str, AdaptedForward] = {}
+        """By path, of the modules that an adapter of a batch has replaced, or their parameters."""
 
     @contextmanager
     def batch(
@@ -352,17 +365,22 @@ class AttachedModel:
             raise UsageError(f"adapter {row.id!r} has trained tokens {problem}; merge it")
 
     def _install_others(self, batch: ModelBatch) -> None:
-        """Replace the forwards of norms and the like, which only these batches need."""
-        first = len(self._layout.modules)
+        """Replace the forwards of norms, experts and the like, which only these batches need."""
+        first, layout = len(self._layout.modules), self._layout
         try:
             with self._lock:
                 for index in sorted(batch.replaced):
-                    if index < first or index in self._others:
+                    entry = layout.at(index)
+                    path = entry.module if isinstance(entry, Parameter) else entry.name
+                    if index < first or path in self._others:
                         continue
-                    other = self._layout.at(index)
-                    base = self._model.get_submodule(other.name)
-                    self._others[index] = AdaptedForward(self, AdaptedModule(base, other, index))
-                    self._others[index].install()
+                    base, whole = self._model.get_submodule(path), layout.resolve_whole(path)
+                    own = index if whole is None else whole
+                    adapted = AdaptedModule(
+                        base, layout.at(own), own, parameters=layout.parameters_of(path)
+                    )
+                    self._others[path] = AdaptedForward(self, adapted)
+                    self._others[path].install()
         except BaseException:
             batch.end()
             raise
@@ -399,10 +417,17 @@ class AdaptedForward:
         # An attribute that hid the class's forward, for example of accelerate's hooks.
         self._before: Forward | None = self._attributes.get("forward")
 
-    def __call__(self, x: torch.Tensor, *more: torch.Tensor, **named: Any) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, *more: torch.Tensor, **named: Any) -> Any:
         batch, adapted = self._attached.current(), self._adapted
         with batch.computing():
             module = adapted.module
+            if not batch.replaced.isdisjoint(adapted.parameters):
+                if named or (isinstance(module, OtherModule) and adapted.index in batch.replaced):
+                    raise UsageError(
+                        f"module {module.name!r} got named inputs, or one adapter of the batch"
+                        " replaces it and another changes its parameters; give each a batch"
+                    )
+                return batch.change(self.base, (x, *more), adapted)
             if adapted.index in batch.replaced:
                 batch.check(x, module)
                 if named:
@@ -411,7 +436,7 @@ class AdaptedForward:
                         " and an adapter replaces it; load the adapter's base merged with it"
                     )
                 return batch.replace(self.base, (x, *more), adapted)
-            if isinstance(module, OtherModule):
+            if not isinstance(module, Module):
                 return self.base(x, *more, **named)
             batch.check(x, module)
             return batch.adapt(self.base(x), x, adapted)

@@ -87,7 +87,6 @@ _OBJECT = ConfigField(_is(NoneType, dict), "null or an object")
 UNKNOWN = ConfigField(_off, "a field that this version does not know", refused=True)
 _REFUSED: Mapping[str, tuple[str, Callable[[JsonValue], bool]]] = {
     "bias": ("trained biases", lambda value: value == "none" or _off(value)),
-    "target_parameters": ("LoRA on bare parameters, as in fused experts", _off),
     "layer_replication": ("a base with repeated layers", _off),
     "alora_invocation_tokens": ("aLoRA, active only after its invocation tokens", _off),
     "use_qalora": ("QALoRA, whose input is pooled", _off),
@@ -115,6 +114,7 @@ FIELDS: Mapping[str, ConfigField] = {
     "trainable_token_indices": ConfigField(
         _are_tokens, "null, a list of tokens or an object of such"
     ),
+    "target_parameters": ConfigField(_is_list_of_names, "null or a list of strings"),
     "base_model_name_or_path": ConfigField(_is(NoneType, str), "null or a string"),
     "layers_to_transform": ConfigField(_are_indices, "null, an integer or a list of integers"),
     # Settings of initialisations, which only init_lora_weights enables.
@@ -195,7 +195,8 @@ def parse_config(text: bytes, limits: Limits) -> AdapterSpec:
         rslora=config.get("use_rslora") is True,
         rank_patterns=_read_patterns("rank_pattern", config.get("rank_pattern"), read_rank),
         alpha_patterns=_read_patterns("alpha_pattern", config.get("alpha_pattern"), _read_finite),
-        targets=_read_targets(config.get("target_modules")),
+        targets=_read_targets(config.get("target_modules"), config.get("target_parameters")),
+        parameters=_read_parameters(config.get("target_parameters")),
         excluded=_read_names("exclude_modules", config.get("exclude_modules")) or None,
         layers=tuple(layer for layer in layers if isinstance(layer, int)),
         layer_patterns=_read_layer_patterns(config.get("layers_pattern")),
@@ -248,11 +249,20 @@ def _check_combination(config: Mapping[str, JsonValue]) -> None:
         pair = f"lora_bias with init_lora_weights {shorten(str(start), 40)!r}"
     elif dora and start == "mica":
         pair = "use_dora with init_lora_weights 'mica'"
-    pair = pair or _check_layers(config)
+    pair = pair or _check_parameters(config) or _check_layers(config)
     if pair is not None:
         raise UnsupportedAdapterError(
             f"{WHAT}: {pair} is a combination that PEFT does not define; train with one of them"
         )
+
+
+def _check_parameters(config: Mapping[str, JsonValue]) -> str | None:
+    """Return a field that PEFT does not take beside target_parameters."""
+    if not config.get("target_parameters"):
+        return None
+    fields = ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora")
+    field = next((field for field in fields if config.get(field)), None)
+    return None if field is None else f"target_parameters with {field}"
 
 
 def _check_layers(config: Mapping[str, JsonValue]) -> str | None:
@@ -336,13 +346,19 @@ def _read_patterns(
     return tuple(patterns)
 
 
-def _read_targets(value: JsonValue) -> ModuleNames:
+def _read_targets(value: JsonValue, parameters: JsonValue) -> ModuleNames:
+    if value == [] and parameters:
+        return ()
     if isinstance(value, list | str) and not value:
         raise AdapterFormatError(
             f"{WHAT}: 'target_modules' is empty, and PEFT loads no such adapter; write the names of"
             " the modules that the adapter changes"
         )
     return _read_names("target_modules", value)
+
+
+def _read_parameters(value: JsonValue) -> tuple[str, ...]:
+    return tuple(str(name) for name in value) if isinstance(value, list) else ()
 
 
 def _read_names(field: str, value: JsonValue) -> ModuleNames:

@@ -111,18 +111,20 @@ PREFIX = "base_model.model."
 class TensorName:
     """The module path and role in a tensor's name.
 
-    `embedding` says whether the module is an embedding; None if the name does not tell.
+    `embedding` says whether the module is an embedding; None if the name does not tell. `depth` is
+    the number of the module's parameters that PEFT has wrapped around this one.
     """
 
     module: str
     part: TensorRole
     embedding: bool | None = False
+    depth: int = 0
 
 
 # Other markers in PEFT's names, with the features that write them.
 _MARKERS = {
     "base_layer.bias": "bias (a trained bias of the base)",
-    "base_layer": "target_parameters",
+    "base_layer": "a layer around another",
     "trainable_tokens_delta": "trainable_token_indices",
     "modules_to_save": "modules_to_save",
     "lora_diag": "KaSA",
@@ -133,6 +135,7 @@ _NAMED = r"\.(?!weight$|bias$)[^.]+"  # the adapter's name, which PEFT strips
 _RAW = re.compile(
     rf".*\.lora_(?:[AB]{_NAMED}\.(?:weight|bias)|embedding_[AB]{_NAMED}|magnitude_vector{_NAMED}\.weight)"
 )
+_INNER = ".base_layer"
 _FULL_WEIGHT = ".base_layer.weight"
 
 # One spelling per module: ASCII components, numbers without leading zeros.
@@ -191,7 +194,9 @@ def parse_tensor_name(name: str) -> TensorName:
         kind = SUFFIXES.get(last)
     if kind is None or not path.startswith(PREFIX):
         raise _refusal(name)
-    module = path[len(PREFIX) :]
+    module, depth = path[len(PREFIX) :], 0
+    while module.endswith(_INNER) and (inner := SUFFIXES.get(f"base_layer.{factor}.{last}")):
+        module, kind, depth = module.removesuffix(_INNER), inner, depth + 1
     if kind.role is TensorRole.BASE_COPY and module.rpartition(".")[2] not in _TIED:
         raise _refusal(name)
     if not _PATH.fullmatch(module) or _PADDED.search(name, len(PREFIX) - 1):
@@ -200,7 +205,7 @@ def parse_tensor_name(name: str) -> TensorName:
         raise _refusal(name)
     if kind.role in WHOLE and ".lora_" in f".{module}":
         raise _refusal(name)
-    return TensorName(module, kind.role, kind.embedding)
+    return TensorName(module, kind.role, kind.embedding, depth)
 
 
 def brings_tokens(tensors: Iterable[str]) -> bool:
@@ -417,6 +422,7 @@ def targeting_of(spec: AdapterSpec) -> Targeting:
         spec.layer_patterns,
         spec.ensure_weight_tying,
         spec.saved,
+        spec.parameters,
     )
 
 
@@ -450,10 +456,14 @@ class Targeting:
         layer_patterns: tuple[str, ...],
         tied: bool,
         saved: tuple[str, ...] = (),
+        parameters: tuple[str, ...] = (),
     ) -> None:
         self._saved = saved
+        self._weights = tuple([f".{name}" for name in parameters if name.endswith("weight")])
         self._all_linear = is_all_linear(targets)
         self._named, cost = _compile_names(None if self._all_linear else targets)
+        if targets == ():  # beside target_parameters
+            self._named = lambda _: False
         self._excluded, more = _compile_names(excluded)
         few = isinstance(targets, tuple) and len(targets) < _MANY_NAMES
         self._paths = frozenset(targets if few and targets is not None else ())
@@ -469,6 +479,8 @@ class Targeting:
 
     def omitted_by(self, path: str, *, embedding: bool = False) -> str | None:
         """Return the field of the config by which PEFT leaves a module out; None if it does not."""
+        if self._weights and self.names_weight(path):
+            return None
         tied = self._ties and layer_index(path) is None
         if tied and not embedding:  # gets the adapter of the embedding
             return None
@@ -487,6 +499,10 @@ class Targeting:
         if self._layers and self._layer_of is not None and path not in self._paths:
             return None if self._layer_of(path) in self._layers else "layers_to_transform"
         return None
+
+    def names_weight(self, path: str) -> bool:
+        """Return whether target_parameters names the weight of a module."""
+        return f".{path}.weight".endswith(self._weights)
 
 
 _compile = lru_cache(maxsize=64)(Targeting)

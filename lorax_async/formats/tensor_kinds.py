@@ -19,6 +19,11 @@ class TensorRole(Enum):
     BIAS (lora_bias) is added to B's output, MAGNITUDE is DoRA's. BASE_COPY is the weight of the
     base itself. WEIGHT and OWN_BIAS (modules_to_save) take the place of the base's own, and TOKENS
     `[n, out]` (trainable_token_indices) of n rows of an embedding, and of a head tied to it.
+
+    PARAMETER_A `[rank * E, in]` and PARAMETER_B `[out, rank * E]` (target_parameters) are factors
+    of a bare parameter, with E experts: A has all ranks of the first expert first, B all experts of
+    the first rank. EXPERTS_B `[E, n, out, rank]` has n blocks for n parts of the rank, each of
+    which a file of transformers 4 has as a module of its own.
     """
 
     A = "A"
@@ -29,6 +34,9 @@ class TensorRole(Enum):
     WEIGHT = "weight"
     OWN_BIAS = "own bias"
     TOKENS = "trained tokens"
+    PARAMETER_A = "A of a parameter"
+    PARAMETER_B = "B of a parameter"
+    EXPERTS_B = "B of each expert"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,9 @@ KINDS = (
     TensorKind(TensorRole.BIAS, "lora_B.bias", False, ATTACH),
     TensorKind(TensorRole.A, "lora_embedding_A", True, EVERY - {"kernels", "LoRAX"}),
     TensorKind(TensorRole.B, "lora_embedding_B", True, EVERY - {"kernels", "LoRAX"}),
+    # A parameter of a module that others are targeted of too; one alone is named like a module.
+    TensorKind(TensorRole.PARAMETER_A, "base_layer.lora_A.weight", False, ATTACH),
+    TensorKind(TensorRole.PARAMETER_B, "base_layer.lora_B.weight", False, ATTACH),
     TensorKind(TensorRole.MAGNITUDE, "lora_magnitude_vector", None, ATTACH),
     # Compared with the base, and then nothing to apply.
     TensorKind(TensorRole.BASE_COPY, "base_layer.weight", None, EVERY - {"LoRAX"}),
@@ -77,6 +88,9 @@ SUFFIXES: Mapping[str, TensorKind] = {kind.suffix: kind for kind in KINDS}
 WHOLE = frozenset({TensorRole.WEIGHT, TensorRole.OWN_BIAS})
 """The roles of tensors that take the place of a module's own."""
 
+PARAMETERS = frozenset({TensorRole.PARAMETER_A, TensorRole.PARAMETER_B, TensorRole.EXPERTS_B})
+"""The roles of tensors that change a bare parameter, as in fused experts."""
+
 FEATURES: Mapping[TensorRole, str] = {
     TensorRole.A: "LoRA",
     TensorRole.B: "LoRA",
@@ -86,5 +100,6 @@ FEATURES: Mapping[TensorRole, str] = {
     TensorRole.WEIGHT: "modules_to_save, a whole module",
     TensorRole.OWN_BIAS: "modules_to_save, a whole module",
     TensorRole.TOKENS: "trainable_token_indices",
+    **dict.fromkeys(PARAMETERS, "target_parameters, as in fused experts"),
 }
 """What errors call the features that write these tensors."""

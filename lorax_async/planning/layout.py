@@ -7,9 +7,12 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from hashlib import sha256
+from typing import TypeAlias, TypeVar
 
 from lorax_async.config import DTYPES
 from lorax_async.errors import ConfigError
+
+T = TypeVar("T")
 
 
 class Parallelism(Enum):
@@ -80,6 +83,44 @@ class OtherModule:
         return False
 
 
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A bare parameter that adapters can change, of fused experts or a router.
+
+    `module` is the path of what has it and `key` its name there. The `shape` is `[out, in]`, or
+    with E experts `[E, out, in]`, `[E, in, out]` if `transposed`. `layer` is as in `Module`.
+    """
+
+    module: str
+    key: str
+    shape: tuple[int, ...]
+    layer: int
+    transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The path of the parameter, as in `named_parameters`."""
+        return f"{self.module}.{self.key}"
+
+    @property
+    def experts(self) -> int:
+        return self.shape[0] if len(self.shape) > 2 else 1
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(out, in) of each expert."""
+        first, second = self.shape[-2:]
+        return (second, first) if self.transposed else (first, second)
+
+    @property
+    def embedding(self) -> bool:
+        """False: as `Module`."""
+        return False
+
+
+Adaptable: TypeAlias = Module | OtherModule | Parameter
+
+
 @dataclass(frozen=True)
 class ModelLayout:
     """The linear modules of one base model, in layer order. Immutable, equal and hashed by value.
@@ -92,8 +133,9 @@ class ModelLayout:
 
     The rest is not compared. `base` is the model's folder or hub id and `architecture` its class,
     for errors. `others` are indexed after `modules`; a base's config does not tell them.
-    `renames` are prefixes of modules in former versions of transformers, each with what takes its
-    place, in this order.
+    `parameters` are indexed after those; the ones of a module are in its own order. `renames` are
+    prefixes of modules in former versions of transformers, each with what takes its place, in this
+    order.
 
     Raise `ConfigError` for inconsistent values.
     """
@@ -106,6 +148,7 @@ class ModelLayout:
     base: str = field(default="", compare=False)
     architecture: str = field(default="", compare=False)
     others: tuple[OtherModule, ...] = field(default=(), compare=False)
+    parameters: tuple[Parameter, ...] = field(default=(), compare=False)
     renames: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -115,7 +158,7 @@ class ModelLayout:
             raise ConfigError(
                 f"layout: dtype must be one of {', '.join(DTYPES.values())}, not {self.dtype!r}"
             )
-        if not ordered or self.num_layers < 1:
+        if not (ordered or self.parameters) or self.num_layers < 1:
             raise ConfigError("layout: a model needs at least one layer and one linear module")
         for module in ordered:
             self._check(module)
@@ -146,6 +189,13 @@ class ModelLayout:
     def _other_index(self) -> Mapping[str, int]:
         first = len(self.modules)
         return {module.name: first + number for number, module in enumerate(self.others)}
+
+    @cached_property
+    def _parameter_index(self) -> Mapping[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {}
+        for number, it in self.parameters_by_index.items():
+            found[it.module] = (*found.get(it.module, ()), number)
+        return found
 
     @cached_property
     def fingerprint(self) -> str:
@@ -193,7 +243,15 @@ class ModelLayout:
         found = self._resolve(path, self._index)
         return self._resolve(path, self._other_index) if found is None else found
 
-    def _resolve(self, path: str, index: Mapping[str, int]) -> int | None:
+    @cached_property
+    def parameters_by_index(self) -> Mapping[int, Parameter]:
+        return dict(enumerate(self.parameters, len(self.modules) + len(self.others)))
+
+    def parameters_of(self, path: str) -> tuple[int, ...]:
+        """Return the indices of the parameters of a module, as `resolve`; none if it has none."""
+        return self._resolve(path, self._parameter_index) or ()
+
+    def _resolve(self, path: str, index: Mapping[str, T]) -> T | None:
         found = index.get(path)
         if found is None:
             found = index.get(self.backbone_prefix + path)
@@ -204,12 +262,13 @@ class ModelLayout:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all modules, by index."""
-        return (*(module.name for module in self.modules), *(it.name for it in self.others))
+        """The names of all modules and parameters, by index."""
+        names = [it.name for it in self.modules] + [it.name for it in self.others]
+        return (*names, *(it.name for it in self.parameters))
 
     def has(self, path: str) -> bool:
-        """Return whether a module or other module has exactly this name."""
-        return path in self._index or path in self._other_index
+        """Return whether a module, other module or module of parameters has exactly this name."""
+        return path in self._index or path in self._other_index or path in self._parameter_index
 
     def rename(self, path: str) -> str:
         """Return the present path of a module that former versions of transformers called `path`.
@@ -222,10 +281,13 @@ class ModelLayout:
                 renamed = now + renamed.removeprefix(before)
         return path if f".model.{path}".endswith(f".{renamed}") else renamed
 
-    def at(self, index: int) -> Module | OtherModule:
-        """Return the module or other module of an index."""
-        count = len(self.modules)
-        return self.modules[index] if index < count else self.others[index - count]
+    def at(self, index: int) -> Adaptable:
+        """Return the module, other module or parameter of an index."""
+        if index < len(self.modules):
+            return self.modules[index]
+        index -= len(self.modules)
+        others = len(self.others)
+        return self.others[index] if index < others else self.parameters[index - others]
 
 
 def _ends_with(path: str, name: str) -> bool:

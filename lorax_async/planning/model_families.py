@@ -6,13 +6,13 @@ which parts its output has. For the families in `FAMILIES`, a config is enough f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from lorax_async.formats.peft_names import HEADS
 from lorax_async.formats.strict_json import JsonValue
-from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
+from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism, Parameter
 
 # The names in Llama, Qwen, GPT-2, GPT-NeoX, Falcon, Phi, OPT, BLOOM, T5 and similar models.
 _COLUMN = HEADS | {
@@ -341,6 +341,15 @@ FAMILIES: Mapping[str, Family] = {
 
 Its experts are not linear modules."""
 
+_FUSED_EXPERTS: Mapping[str, tuple[str, str]] = {
+    "gpt_oss": ("mlp.router", "intermediate_size"),
+    "mixtral": ("mlp.gate", "intermediate_size"),
+    "olmoe": ("mlp.gate", "intermediate_size"),
+    "qwen2_moe": ("mlp.gate", "moe_intermediate_size"),
+    "qwen3_moe": ("mlp.gate", "moe_intermediate_size"),
+}
+"""The router beside `mlp.experts`, and the key of the experts' inner size."""
+
 _UNSURE = {*HEAD_COUNTS, *KEY_VALUE_HEAD_COUNTS, *HEAD_DIMS, "text_config", "configuration_files"}
 """Keys that can change what counts, if a family does not read them."""
 
@@ -371,8 +380,32 @@ def decoder_layout(config: Mapping[str, JsonValue]) -> ModelLayout | None:
     shape = sizes["hidden"], sizes["vocabulary"]
     modules.append(Module("lm_head", *shape, num_layers, parallel_of("lm_head")))
     return ModelLayout(
-        tuple(modules), num_layers, backbone_prefix=f"{family.layers.split('.')[0]}."
+        tuple(modules),
+        num_layers,
+        backbone_prefix=f"{family.layers.split('.')[0]}.",
+        parameters=tuple(_fused_experts(config, model_type, num_layers)),
     )
+
+
+def _fused_experts(
+    config: Mapping[str, JsonValue], model_type: str, num_layers: int
+) -> Iterator[Parameter]:
+    """Yield the bare parameters of each layer; none where the config has not all sizes."""
+    router, key = _FUSED_EXPERTS.get(model_type, ("", ""))
+    keys = (*_EXPERTS["experts"], key, "hidden_size")
+    sizes = [size for it in keys if type(size := config.get(it)) is int]
+    if not router or len(sizes) != len(keys) - 1:  # one of the two names of the experts' count
+        return
+    experts, inner, hidden = sizes
+    transposed = model_type == "gpt_oss"
+    for layer in range(num_layers):
+        path = f"{FAMILIES[model_type].layers}.{layer}"
+        yield Parameter(f"{path}.{router}", "weight", (experts, hidden), layer)
+        for name, outs, ins in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+            shape = (experts, ins, outs) if transposed else (experts, outs, ins)
+            yield Parameter(f"{path}.mlp.experts", name, shape, layer, transposed)
+            if transposed:
+                yield Parameter(f"{path}.mlp.experts", f"{name}_bias", (experts, outs), layer)
 
 
 def _config_attention(config: Mapping[str, JsonValue], model_type: str) -> AttentionShape | None:

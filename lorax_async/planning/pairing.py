@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
-from typing import NamedTuple
+from math import sqrt
+from operator import attrgetter
+from typing import NamedTuple, TypeVar
 
 from lorax_async.config import Limits
 from lorax_async.errors import (
@@ -29,9 +32,12 @@ from lorax_async.formats.peft_names import (
     targeting_of,
 )
 from lorax_async.formats.safetensors import Header, TensorSpan
-from lorax_async.formats.tensor_kinds import WHOLE, TensorRole
-from lorax_async.planning.layout import ModelLayout, Module, OtherModule
+from lorax_async.formats.spans import ByteSpan
+from lorax_async.formats.tensor_kinds import PARAMETERS, WHOLE, TensorRole
+from lorax_async.planning.layout import ModelLayout, Module, OtherModule, Parameter
 from lorax_async.types import AdapterSpec
+
+T = TypeVar("T")
 
 _MAX_SCALE = 3.4028234663852886e38  # the largest float32, the dtype of the device's table
 _SHOWN = 3  # names in an error
@@ -64,7 +70,8 @@ class OtherTensor(NamedTuple):
     """A tensor that is not of a pair. `module` is the layout's index (`ModelLayout.at`).
 
     `tokens` are those whose rows it has. `needs_tie` is whether the config names a module besides
-    that has them only where it is tied to this one.
+    that has them only where it is tied to this one. `rank` and `scale` are a parameter's;
+    with `swapped`, so are A `[rank * E, out]` and B `[in, rank * E]`.
     """
 
     module: int
@@ -73,6 +80,9 @@ class OtherTensor(NamedTuple):
     span: TensorSpan
     tokens: tuple[int, ...] = ()
     needs_tie: bool = False
+    rank: int = 0
+    scale: float = 0.0
+    swapped: bool = False
 
 
 class Pairing(NamedTuple):
@@ -128,28 +138,57 @@ def _renamed(header: Header, layout: ModelLayout) -> Header | None:
 
 
 def _pair(header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits) -> Pairing:
-    places = _locate(header.tensors, layout)
+    places, rest = _locate(header.tensors, layout)
+    bare = _find_parameters(rest, layout) if rest else None
     _require_dtypes(header.tensors)
+    if spec.rank_patterns or spec.alpha_patterns:
+        check_matching(spec, (span.name for span in header.tensors))
+    mismatches: list[str] = []
+    # PEFT has no adapters with two vectors per module.
+    expected = TensorRole.MAGNITUDE if spec.dora else TensorRole.BIAS if spec.lora_bias else None
+    pairs = _pick_pairs(places, spec, layout, limits, mismatches, expected)
+    paired = (2 if expected is None else 3) * len(pairs)
+    others = _pick_others(places, spec, layout, mismatches) if paired < len(places) else []
+    if paired + len(others) < len(places):
+        raise _surplus_error(places, expected)
+    if bare is not None:
+        others += _pick_parameters(bare, spec, layout, limits, mismatches)
+    if mismatches:
+        raise IncompatibleAdapterError(
+            f"wrong shapes for this base: {_list_first(mismatches, 'module')}"
+        )
+    if spec.fan_in_fan_out:
+        require_transposed([layout.modules[pair.module] for pair in pairs])
+    return Pairing(pairs, others)
+
+
+def _pick_pairs(
+    places: Mapping[int, TensorSpan],
+    spec: AdapterSpec,
+    layout: ModelLayout,
+    limits: Limits,
+    mismatches: list[str],
+    expected: TensorRole | None,
+) -> list[TensorPair]:
+    """Return A, B and the `expected` vector of modules; add wrong shapes to `mismatches`."""
     firsts = sorted([place for place in places if place % _PARTS_PER_MODULE == 0])
     _require_targeted(spec, [places[place] for place in firsts], layout)
     modules = layout.modules
     uniform = not (spec.rank_patterns or spec.alpha_patterns)
-    if not uniform:
-        check_matching(spec, (span.name for span in places.values()))
     rank, scale = 0, 0.0
     if uniform:  # an error names the first module
-        names = (parse_tensor_name(span.name).module for span in header.tensors)
+        names = (parse_tensor_name(span.name).module for span in places.values())
         rank, scale = _rank_and_scale(next(names, ""), spec, limits)
     pairs: list[TensorPair] = []
-    mismatches: list[str] = []
-    # PEFT has no adapters with two vectors per module.
-    expected = TensorRole.MAGNITUDE if spec.dora else TensorRole.BIAS if spec.lora_bias else None
     for place in firsts:
         a, b = places[place], places.get(place + 1)
         if b is None:
             raise _orphan_error(a, "B")
         if not uniform:
-            rank, scale = _rank_and_scale(parse_tensor_name(a.name).module, spec, limits)
+            path = parse_tensor_name(a.name).module
+            if spec.parameters and targeting_of(spec).names_weight(path):
+                path += ".weight"
+            rank, scale = _rank_and_scale(path, spec, limits)
         module = modules[place // _PARTS_PER_MODULE]
         fits = a.shape == (rank, module.in_features) and b.shape == (module.out_features, rank)
         if not fits:
@@ -158,17 +197,7 @@ def _pair(header: Header, spec: AdapterSpec, layout: ModelLayout, limits: Limits
         fields = (place // _PARTS_PER_MODULE, module.layer, a, b, rank, scale, vectors)
         # As `TensorPair._make` does, without a call of Python code for each of hundreds.
         pairs.append(tuple.__new__(TensorPair, fields))
-    paired = (2 if expected is None else 3) * len(pairs)
-    others = _pick_others(places, spec, layout, mismatches) if paired < len(places) else []
-    if paired + len(others) < len(places):
-        raise _surplus_error(places, expected)
-    if mismatches:
-        raise IncompatibleAdapterError(
-            f"wrong shapes for this base: {_list_first(mismatches, 'module')}"
-        )
-    if spec.fan_in_fan_out:
-        require_transposed([modules[pair.module] for pair in pairs])
-    return Pairing(pairs, others)
+    return pairs
 
 
 def _pick_others(
@@ -192,6 +221,7 @@ def _pick_others(
             continue
         if part is TensorRole.BASE_COPY or part in WHOLE:
             module = layout.at(index)
+            assert not isinstance(module, Parameter)
             if part in WHOLE and not (_counts_tokens(module) or module.name in _TASK_HEADS):
                 _require_saved(span.name, spec)
             if not _fits(part, span.shape, module):
@@ -431,39 +461,35 @@ def _known_places(_layout: ModelLayout) -> dict[str, int]:
     return {}
 
 
-def _locate(tensors: Sequence[TensorSpan], layout: ModelLayout) -> dict[int, TensorSpan]:
+def _locate(
+    tensors: Sequence[TensorSpan], layout: ModelLayout
+) -> tuple[dict[int, TensorSpan], list[TensorSpan]]:
+    """Return tensors by module and role, and those of none of the layout's modules."""
     known = _known_places(layout)
     found: dict[int, TensorSpan] = {}
     count = 0
-    unknown: list[str] = []
+    unknown: list[TensorSpan] = []
     for span in tensors:
         place = known.get(span.name)
         if place is None:
             place = _place(span.name, layout)
             if place is None:
-                unknown.append(span.name)
+                unknown.append(span)
                 continue
             if place < _PARTS_PER_MODULE * len(layout.modules):  # others are not compared
                 known[span.name] = place
         found[place] = span
         count += 1
-    if unknown:
-        _require_matrices(tensors)  # a layout has no convolutions
-        raise _unknown_error(unknown, layout)
-    if not count:
+    if not count and not unknown:
         # Serving the bare base under the adapter's name would be a silent error.
         raise AdapterFormatError("the file holds no tensors; save the adapter again")
     if len(found) < count:
-        first: dict[int, str] = {}
+        first: dict[int, TensorSpan] = {}
         for span in tensors:
             place = _place(span.name, layout)
-            assert place is not None
-            if (other := first.setdefault(place, span.name)) != span.name:
-                raise AdapterFormatError(
-                    f"tensors {shorten(other, 200)!r} and {shorten(span.name, 200)!r} are for the"
-                    " same module; keep one of them"
-                )
-    return found
+            if place is not None:
+                _add(first, place, span)
+    return found, unknown
 
 
 def _unknown_error(names: list[str], layout: ModelLayout) -> IncompatibleAdapterError:
@@ -477,6 +503,8 @@ def _unknown_error(names: list[str], layout: ModelLayout) -> IncompatibleAdapter
 
 def _place(name: str, layout: ModelLayout) -> int | None:
     parsed = parse_tensor_name(name)
+    if parsed.part in PARAMETERS:
+        return None
     find = layout.resolve_whole if parsed.part in WHOLE else layout.resolve
     index = find(parsed.module)
     if index is None:
@@ -492,6 +520,257 @@ def _place(name: str, layout: ModelLayout) -> int | None:
             f" {kinds[embedding]} there; use the base it was trained on"
         )
     return place
+
+
+# -- bare parameters -------------------------------------------------------------------------------
+
+_ROLES = {
+    TensorRole.A: TensorRole.PARAMETER_A,
+    TensorRole.B: TensorRole.PARAMETER_B,
+    TensorRole.PARAMETER_A: TensorRole.PARAMETER_A,
+    TensorRole.PARAMETER_B: TensorRole.PARAMETER_B,
+}
+_FACTORS = (TensorRole.PARAMETER_A, TensorRole.PARAMETER_B)
+_EXPERT = re.compile(r"(.+)\.([0-9]{1,6})\.(gate_proj|up_proj|down_proj|w[123])")
+# The parameter of transformers 5 that has an expert's module of transformers 4, and its part there.
+_EXPERT_PARTS = {
+    **dict.fromkeys(("gate_proj", "w1"), ("gate_up_proj", 0)),
+    **dict.fromkeys(("up_proj", "w3"), ("gate_up_proj", 1)),
+    **dict.fromkeys(("down_proj", "w2"), ("down_proj", 0)),
+}
+_OLD_EXPERTS = (".block_sparse_moe.", ".mlp.")  # in Mixtral, of transformers 4 and 5
+
+
+class _Found(NamedTuple):
+    """Tensors of bare parameters.
+
+    `fused` are by the indices of their module's parameters, and by depth and role; `experts` by
+    parameter, and by expert, part and role.
+    """
+
+    fused: dict[tuple[int, ...], dict[tuple[int, TensorRole], TensorSpan]]
+    experts: dict[int, dict[tuple[int, int, TensorRole], TensorSpan]]
+
+
+def _find_parameters(tensors: Iterable[TensorSpan], layout: ModelLayout) -> _Found:
+    """Sort tensors by the parameters that they change.
+
+    Raise `IncompatibleAdapterError` for those of no parameter of the base.
+    """
+    found, unknown = _Found({}, {}), []
+    for span in tensors:
+        name = parse_tensor_name(span.name)
+        role = None if name.embedding else _ROLES.get(name.part)
+        if role is None:
+            unknown.append(span)
+        elif indices := _parameters_of(name.module, layout):
+            _add(found.fused.setdefault(indices, {}), (name.depth, role), span)
+        elif place := _find_expert(name.module, layout):
+            index, expert, part = place
+            _add(found.experts.setdefault(index, {}), (expert, part, role), span)
+        else:
+            unknown.append(span)
+    if unknown:
+        _require_matrices(unknown)  # a layout has no convolutions
+        raise _unknown_error([span.name for span in unknown], layout)
+    return found
+
+
+def _add(spans: dict[T, TensorSpan], place: T, span: TensorSpan) -> None:
+    if (other := spans.setdefault(place, span)) is not span:
+        raise _twice_error(other, span)
+
+
+def _twice_error(first: TensorSpan, second: TensorSpan) -> AdapterFormatError:
+    return AdapterFormatError(
+        f"tensors {shorten(first.name, 200)!r} and {shorten(second.name, 200)!r} are for the same"
+        " module; keep one of them"
+    )
+
+
+def _find_expert(path: str, layout: ModelLayout) -> tuple[int, int, int] | None:
+    """Return parameter, expert and part of what was a module of its own in transformers 4."""
+    parsed = _EXPERT.fullmatch(path)
+    if parsed is None:
+        return None
+    key, part = _EXPERT_PARTS[parsed[3]]
+    for index in _parameters_of(parsed[1], layout):
+        parameter = layout.at(index)
+        assert isinstance(parameter, Parameter)
+        fits = parameter.key == key and not parameter.transposed
+        if fits and int(parsed[2]) < parameter.experts:
+            return index, int(parsed[2]), part
+    return None
+
+
+def _parameters_of(path: str, layout: ModelLayout) -> tuple[int, ...]:
+    return layout.parameters_of(path) or layout.parameters_of(path.replace(*_OLD_EXPERTS))
+
+
+def _is_targeted(parameter: Parameter, spec: AdapterSpec) -> bool:
+    """Return whether the config targets a parameter, or a router's module as transformers 4 had."""
+    if any(f".{parameter.name}".endswith(f".{name}") for name in spec.parameters):
+        return True
+    linear = len(parameter.shape) == 2 and parameter.key == "weight"
+    return linear and targeting_of(spec).omitted_by(parameter.module) is None
+
+
+class _ParameterPair(NamedTuple):
+    """A and B of the parameter with this index of the layout.
+
+    `fits` and `fits_swapped` are whether their shapes are those of PEFT, and of PEFT 0.18.
+    """
+
+    number: int
+    parameter: Parameter
+    a: TensorSpan
+    b: TensorSpan
+    rank: int
+    scale: float
+    fits: bool
+    fits_swapped: bool
+
+
+def _pick_parameters(
+    found: _Found, spec: AdapterSpec, layout: ModelLayout, limits: Limits, mismatches: list[str]
+) -> list[OtherTensor]:
+    """Return A and B of parameters, by layer; add those of a wrong shape to `mismatches`."""
+    pairs: list[_ParameterPair] = []
+    for indices, tensors in found.fused.items():
+        pairs += _pair_parameters(indices, tensors, spec, layout, limits)
+    mismatches += [_describe_parameter(it) for it in pairs if not (it.fits or it.fits_swapped)]
+    swapped = not mismatches and _are_swapped(pairs, mismatches)
+    others = []
+    for number, parameter, a, b, rank, scale, _, fits_swapped in pairs:
+        more = (), False, rank, scale, swapped and fits_swapped
+        others.append(OtherTensor(number, parameter.layer, TensorRole.PARAMETER_A, a, *more))
+        others.append(OtherTensor(number, parameter.layer, TensorRole.PARAMETER_B, b, *more))
+    for index, experts in found.experts.items():
+        others += _join_experts(index, experts, spec, layout, limits, mismatches)
+    return sorted(others, key=attrgetter("layer"))
+
+
+def _are_swapped(pairs: Iterable[_ParameterPair], mismatches: list[str]) -> bool:
+    """Return whether in and out are swapped in a file, for experts that are not transposed.
+
+    PEFT 0.17 and 0.18 did that, for all of them. Raise `UnsupportedAdapterError` where no shape
+    tells it.
+    """
+    sided = [it for it in pairs if len(it.parameter.shape) > 2 and not it.parameter.transposed]
+    forms = {it.fits_swapped for it in sided if it.fits != it.fits_swapped}
+    if len(forms) > 1:
+        mismatches += [_describe_parameter(it) for it in sided if it.fits_swapped]
+    elif sided and not forms:
+        raise UnsupportedAdapterError(
+            f"the experts of {shorten(sided[0].parameter.name, 200)!r} have as many inputs as"
+            " outputs, so that the shapes do not tell whether PEFT 0.18 or older saved A and B,"
+            " with these swapped; merge the adapter into its base model"
+        )
+    return True in forms
+
+
+def _pair_parameters(
+    indices: Sequence[int],
+    tensors: Mapping[tuple[int, TensorRole], TensorSpan],
+    spec: AdapterSpec,
+    layout: ModelLayout,
+    limits: Limits,
+) -> Iterator[_ParameterPair]:
+    """Yield A and B of the parameters of one module.
+
+    A name tells a parameter's place among those that are targeted: PEFT wraps the later ones around
+    the first.
+    """
+    entries = [(index, layout.at(index)) for index in indices]
+    targeted = [
+        (index, entry)
+        for index, entry in entries
+        if isinstance(entry, Parameter) and _is_targeted(entry, spec)
+    ]
+    depths = {depth for depth, _ in tensors}
+    if depths != set(range(len(targeted))):
+        first = next(iter(tensors.values()))
+        raise AdapterFormatError(
+            f"adapter_config.json targets {len(targeted)} parameters of the module of tensor"
+            f" {shorten(first.name, 200)!r}, and the file has tensors for {len(depths)}; correct"
+            " target_parameters, or save the adapter again"
+        )
+    for depth, (index, parameter) in enumerate(reversed(targeted)):
+        a, b = (tensors.get((depth, role)) for role in _FACTORS)
+        if a is None or b is None:
+            raise _orphan_error(next(it for it in (a, b) if it), "A" if a is None else "B")
+        rank, scale = _rank_and_scale(parameter.name, spec, limits)
+        (outs, ins), rows = parameter.sizes, rank * parameter.experts
+        fits = (a.shape, b.shape) == ((rows, ins), (outs, rows))
+        swaps = len(parameter.shape) > 2 and not parameter.transposed
+        swapped = swaps and (a.shape, b.shape) == ((rows, outs), (ins, rows))
+        yield _ParameterPair(index, parameter, a, b, rank, scale, fits, swapped)
+
+
+def _describe_parameter(pair: _ParameterPair) -> str:
+    _require_matrices((pair.a, pair.b))
+    return (
+        f"{shorten(pair.parameter.name, 200)} (A {list(pair.a.shape)} and B {list(pair.b.shape)},"
+        f" the base's is {list(pair.parameter.shape)})"
+    )
+
+
+def _join_experts(
+    index: int,
+    tensors: Mapping[tuple[int, int, TensorRole], TensorSpan],
+    spec: AdapterSpec,
+    layout: ModelLayout,
+    limits: Limits,
+    mismatches: list[str],
+) -> list[OtherTensor]:
+    """Return A and B of a parameter, joined from the modules that transformers 4 had.
+
+    As PEFT converts them: rank and alpha of gate_up_proj are those of gate_proj and up_proj
+    together. Raise `UnsupportedAdapterError` where it cannot: with patterns, or for some experts.
+    """
+    parameter = layout.at(index)
+    assert isinstance(parameter, Parameter)
+    if spec.rank_patterns or spec.alpha_patterns:
+        raise UnsupportedAdapterError(
+            "rank_pattern or alpha_pattern beside experts of transformers 4, which PEFT does not"
+            " convert; train with one rank and alpha"
+        )
+    rank, scale = _rank_and_scale(parameter.name, spec, limits)
+    (outs, ins), count = parameter.sizes, parameter.experts
+    parts = 1 + max(part for key, part in _EXPERT_PARTS.values() if key == parameter.key)
+    places = [(expert, part) for expert in range(count) for part in range(parts)]
+    joined = []
+    for role, shape in zip(_FACTORS, ((rank, ins), (outs // parts, rank)), strict=True):
+        spans = [tensors[*place, role] for place in places if (*place, role) in tensors]
+        if len(spans) < len(places):
+            raise UnsupportedAdapterError(
+                f"the file has not all of A and B of {count} experts for"
+                f" {shorten(parameter.name, 200)!r}, which is one parameter now; train all"
+                " experts, gate_proj with up_proj"
+            )
+        dtype = spans[0].dtype
+        mismatches += [
+            f"{shorten(span.name, 200)} ({span.dtype} {list(span.shape)}, not {dtype}"
+            f" {list(shape)})"
+            for span in spans
+            if (span.dtype, span.shape) != (dtype, shape)
+        ]
+        joined.append(spans)
+    a, b = joined
+    _require_targeted(spec, a, layout)
+    more = (), False, parts * rank, scale * (sqrt(parts) if spec.rslora else 1)
+    left = _join(a, (count * parts * rank, ins))
+    right = _join(b, (count, parts, outs // parts, rank))
+    return [
+        OtherTensor(index, parameter.layer, TensorRole.PARAMETER_A, left, *more),
+        OtherTensor(index, parameter.layer, TensorRole.EXPERTS_B, right, *more),
+    ]
+
+
+def _join(spans: Sequence[TensorSpan], shape: tuple[int, ...]) -> TensorSpan:
+    """Return one tensor of the bytes of several."""
+    pieces = tuple([ByteSpan(span.start, span.stop) for span in spans])
+    return spans[0]._replace(shape=shape, pieces=pieces)
 
 
 def check_matching(spec: AdapterSpec, names: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from lorax_async.config import Shard
 from lorax_async.errors import ConfigError, UnsupportedAdapterError, shorten
 from lorax_async.formats.safetensors import TensorSpan
 from lorax_async.formats.spans import ByteSpan
-from lorax_async.formats.tensor_kinds import TensorRole
+from lorax_async.formats.tensor_kinds import PARAMETERS, TensorRole
 from lorax_async.planning.layout import FusedPart, ModelLayout, Module, Parallelism
 from lorax_async.planning.pairing import OtherTensor, TensorPair
 
@@ -97,6 +97,11 @@ def cut_others(
     """
     shares = []
     for other in others:
+        if other.part in PARAMETERS:
+            raise UnsupportedAdapterError(
+                f"tensor {shorten(other.span.name, 200)!r} is for a bare parameter, as in fused"
+                " experts, of which a layout knows no share; load it without a shard"
+            )
         if other.module >= len(cuts):
             shares.append(other)
             continue

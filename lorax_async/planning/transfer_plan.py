@@ -17,7 +17,7 @@ from lorax_async.formats.safetensors import Header, TensorSpan
 from lorax_async.formats.spans import ByteSpan
 from lorax_async.formats.tensor_kinds import TensorRole
 from lorax_async.lifecycle.adapter_state import GroupSizes
-from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.layout import ModelLayout, OtherModule
 from lorax_async.planning.pairing import OtherTensor, TensorPair, pair_tensors
 from lorax_async.planning.sharding import ModuleCut, cut_others, cut_pairs
 from lorax_async.types import AdapterSpec
@@ -99,11 +99,11 @@ class TableRow(NamedTuple):
 class ExtraSlot(NamedTuple):
     """A tensor beside A and B, which kernels do not read: `shape` at `offset` of the extent.
 
-    `module` is the layout's index; `tokens` and `needs_tie` are as in `OtherTensor`. What belongs
-    to a linear module or an embedding has the plan's dtype, but for biases and magnitudes. They,
-    and other modules, keep the file's: a magnitude scales a whole row of the base's weight, and
-    rounding it to bf16 would change that row by up to 0.2 %. On SmolLM2 this moves the logits a
-    hundred times as far as rounding A and B does.
+    `module` is the layout's index; the fields after `dtype` are as in `OtherTensor`. What belongs
+    to a linear module, an embedding or a parameter has the plan's dtype, but for biases and
+    magnitudes. They, and other modules, keep the file's: a magnitude scales a whole row of the
+    base's weight, and rounding it to bf16 would change that row by up to 0.2 %. On SmolLM2 this
+    moves the logits a hundred times as far as rounding A and B does.
     """
 
     module: int
@@ -113,6 +113,9 @@ class ExtraSlot(NamedTuple):
     dtype: str
     tokens: tuple[int, ...] = ()
     needs_tie: bool = False
+    rank: int = 0
+    scale: float = 0.0
+    swapped: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -567,7 +570,7 @@ def plan_transfer(
         groups = tuple([_GroupPlanner(target).plan(n, pairs) for n, pairs in by_layer.items()])
     nbytes = sum([group.nbytes for group in groups])
     check_size(nbytes, f"as {target.dtype} on the device", limits)
-    rank = max(map(attrgetter("rank"), pairs), default=0)
+    rank = max([*map(attrgetter("rank"), pairs), *map(attrgetter("rank"), others)], default=0)
     return TransferPlan(groups, target.dtype, rank, nbytes, file_bytes)
 
 
@@ -588,8 +591,9 @@ def _plan_with_others(
         members = [other for other in others if other.layer == layer]
         copies = [BaseCopy.of(it) for it in members if it.part is TensorRole.BASE_COPY]
         whole = [other for other in members if other.part is not TensorRole.BASE_COPY]
-        whole.sort(key=lambda other: other.module >= len(layout.modules))
-        cast = sum(other.module < len(layout.modules) for other in whole)
+        keeps = {it.module: isinstance(layout.at(it.module), OtherModule) for it in whole}
+        whole.sort(key=lambda other: keeps[other.module])
+        cast = sum(not keeps[other.module] for other in whole)
         group = _GroupPlanner(target).plan(layer, pairs.get(layer, []), whole, cast)
         if copies and compares:
             sources = chain.from_iterable(copy.sources for copy in copies)

@@ -17,13 +17,13 @@ from lorax_async.devices.base import CopyTicket, Device
 from lorax_async.devices.staging import TORCH_DTYPES
 from lorax_async.devices.transfer import SlotCopies
 from lorax_async.errors import HandleClosedError, IntegrityError, LoraxError, UsageError
-from lorax_async.formats.tensor_kinds import WHOLE, TensorRole
+from lorax_async.formats.tensor_kinds import PARAMETERS, WHOLE, TensorRole
 from lorax_async.lifecycle.adapter_state import SlotGrant
 from lorax_async.lifecycle.arena import Extent
 from lorax_async.lifecycle.commands import Command
 from lorax_async.lifecycle.lifecycle import Lifecycle
 from lorax_async.lru import remember
-from lorax_async.planning.transfer_plan import TransferPlan
+from lorax_async.planning.transfer_plan import ExtraSlot, TransferPlan
 from lorax_async.sources.base import Source
 from lorax_async.types import AdapterKey, Ref, Verification, expected_digest
 
@@ -53,8 +53,10 @@ class ExtraTensors:
         """Of these, the modules with a bias."""
         self.trained = frozenset(module for module, part in self._extras if part is TOKENS)
         """The modules of which the adapter has rows of tokens."""
+        self.parameters = frozenset(module for module, part in self._extras if part in PARAMETERS)
+        """The bare parameters that the adapter changes."""
         self.needing_ties = [it.module for it, _ in self._extras.values() if it.needs_tie]
-        """Of these, the modules with which another has to be tied."""
+        """Of those with trained tokens, the modules with which another has to be tied."""
 
     @property
     def modules(self) -> list[int]:
@@ -77,6 +79,10 @@ class ExtraTensors:
         """Return the rows of a whole module's weight; None if the adapter has none."""
         found = self._extras.get((module, TensorRole.WEIGHT))
         return None if found is None else found[0].shape[0]
+
+    def slot(self, module: int, part: TensorRole) -> ExtraSlot:
+        """Return the slot of a tensor that the adapter has."""
+        return self._extras[module, part][0]
 
     def tokens(self, module: int) -> tuple[int, ...]:
         """Return the tokens of a module whose rows the adapter has."""

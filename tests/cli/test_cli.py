@@ -205,8 +205,8 @@ MLX = {"peft_type": None, "lora_parameters": {"rank": 8}}
         (
             PAIR,
             {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]},
-            "UnsupportedAdapterError",
-            ("'target_parameters'",),
+            "AdapterFormatError",
+            ("leaves out", "target_modules"),
         ),
         (PAIR, {"target_modules": []}, "AdapterFormatError", ("'target_modules' is empty",)),
         (

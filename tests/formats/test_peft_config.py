@@ -196,7 +196,6 @@ INITS = {
 LONG_PATTERNS = {f".*{n}.*" + "x?" * 40: 1 for n in range(60)}
 FEATURES: list[tuple[str, object, str]] = [
     *(("bias", value, "biases") for value in ("all", "lora_only")),
-    ("target_parameters", ["experts.up"], "bare parameters"),
     ("layer_replication", [[0, 2]], "repeated layers"),
     ("alora_invocation_tokens", [1, 2], "aLoRA"),
     ("use_qalora", True, "QALoRA"),

@@ -80,19 +80,12 @@ def test_names_of_peft_that_are_applied(settings: dict[str, Any], more: list[Ten
     assert len(names) == len(FACTORS) + len(more)
 
 
-@pytest.mark.parametrize(
-    ("settings", "feature"),
-    [
-        # Parameters of one module wrap each other; a single one looks like a plain linear.
-        ({"target_parameters": ["experts.up", "experts.down"]}, "target_parameters")
-    ],
-)
-def test_tensors_peft_writes_for_other_features(settings: dict[str, Any], feature: str) -> None:
-    others = names_of(**settings) - names_of()
-    if "target_parameters" in settings:
-        others = {name for name in others if "base_layer" in name}
-    assert others
-    refusals(parse_tensor_name, UnsupportedAdapterError, {f"belongs to {feature}": others})
+def test_parameters_of_one_module_wrap_each_other() -> None:
+    names = names_of(target_parameters=["experts.up", "experts.down"]) - names_of()
+    parsed = {parse_tensor_name(name) for name in names}
+    outer = {TensorName("experts", role) for role in (TensorRole.A, TensorRole.B)}
+    roles = (TensorRole.PARAMETER_A, TensorRole.PARAMETER_B)
+    assert parsed == {*outer, *(TensorName("experts", role, False, 1) for role in roles)}
 
 
 BASE = "base_model.model."
@@ -100,7 +93,7 @@ REFUSED = {
     "full copy of.*target_modules and modules_to_save": "classifier.base_layer.weight"
     " model.norm.base_layer.weight",
     "bias .a trained bias": "q.base_layer.bias",
-    "target_parameters": "model.layers.0.mlp.experts.base_layer.lora_A.weight",
+    "a layer around another": "model.base_layer.q.lora_A.weight q.base_layer.lora_B.bias",
     "trainable_token_indices": "model.embed_tokens.trainable_tokens_delta",
     "KaSA": "q.lora_diag",
     "VeLoRA": "q.lora_velora_embed",
