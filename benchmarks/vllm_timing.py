@@ -29,8 +29,9 @@ class LoopTimes:
 class TimedExtension(WorkerExtension, LoopTimes):
     """The plug-in's, of which its own calls are timed too."""
 
-    def lorax_prepare(self, path: str, version: str = "") -> None:
-        self._timed(super().lorax_prepare, path, version)
+    def lorax_prepare(self, path: str) -> str | None:
+        result: str | None = self._timed(super().lorax_prepare, path)
+        return result
 
     def lorax_prepared(self, path: str) -> tuple[bool, str | None]:
         result: tuple[bool, str | None] = self._timed(super().lorax_prepared, path)

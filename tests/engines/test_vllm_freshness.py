@@ -13,7 +13,7 @@ from event_loops import until
 from hub_stand_in import HubStandIn
 from hub_stand_in import Reply as HubReply
 from prometheus_client import CollectorRegistry
-from vllm_doubles import Engine, Lora, LoRARequest, Reply, Server, digest, running, settings
+from vllm_doubles import Engine, Gated, Lora, LoRARequest, Reply, Server, digest, running, settings
 
 from lorax_async.engines.vllm.routes import AdapterCollector
 from lorax_async.engines.vllm.served_adapters import ServedAdapters
@@ -191,25 +191,17 @@ async def test_a_request_does_not_take_what_another_one_asked_for_before_it_bega
 async def test_a_request_that_waits_for_a_first_build_gets_what_its_name_means_then(
     tmp_path: Path,
 ) -> None:
-    engine, may_build = Engine(Lora()), asyncio.Event()
-    call = engine.collective_rpc
-
-    async def build_late(method: str, args: Any) -> list[Any]:
-        if method == "lorax_prepared":
-            await may_build.wait()
-        return await call(method, args)
-
-    engine.collective_rpc = build_late  # type: ignore[method-assign]
+    lora = Gated()
     with HubStandIn() as hub:
         put(hub, tmp_path, 1)
         given, changed = of_hub(tmp_path, hub)
-        async with running(given, engine, **changed) as (server, _):
+        async with running(given, Engine(lora), **changed) as (server, _):
             early = asyncio.create_task(server.ask(REPO))
-            await until(lambda: "lorax_prepare" in {call[0] for call in engine.calls})
+            await until(lambda: lora.begun)
             new = put(hub, tmp_path, 2)
             late = asyncio.create_task(server.ask(REPO))
             await asyncio.sleep(0.05)
-            may_build.set()
+            lora.may_load.release(2)
             assert (await late).json["weights"] == [new]
             assert (await early).status == 200
 
@@ -444,20 +436,14 @@ async def test_bytes_that_were_overwritten_are_never_taken_for_those_before(tmp_
 
 
 async def test_the_end_waits_until_a_build_that_it_cancels_is_discarded(tmp_path: Path) -> None:
-    engine = Engine(Lora())
+    lora, given = Gated(), local(tmp_path)
+    engine = Engine(lora)
     write(tmp_path / "a", 1)
-    call = engine.collective_rpc
-
-    async def call_without_end(method: str, args: Any) -> list[Any]:
-        await asyncio.sleep(0.01)
-        return [(False, None)] if method == "lorax_prepared" else await call(method, args)
-
-    engine.collective_rpc = call_without_end  # type: ignore[method-assign]
-    given = local(tmp_path)
     async with running(given, engine, **ALWAYS) as (_, served):
         served.prefetch("a", given.find("a"))
-        await until(lambda: "lorax_prepare" in {call[0] for call in engine.calls})
+        await until(lambda: lora.begun)
         await served.close()
+        lora.may_load.release()
         assert "lorax_forget" in {call[0] for call in engine.calls}
 
 

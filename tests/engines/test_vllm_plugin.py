@@ -5,12 +5,9 @@ import os
 import re
 import shutil
 import sys
-import threading
 import time
 from pathlib import Path
-from socket import AF_INET, SOCK_DGRAM, socket
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import tiny
@@ -20,11 +17,10 @@ from event_loops import until
 from hub_stand_in import ADAPTER, HubStandIn
 from leaks import open_files
 from safetensors.torch import save_file
-from vllm_doubles import Engine, Lora, LoRARequest, serving, settings
+from vllm_doubles import Engine, Gated, Lora, LoRARequest, serving, settings
 
 from lorax_async import AdapterRef, AdapterStore, ConfigError, LoraxError, StoreConfig
 from lorax_async.engines.plugin_settings import BaseRequirements, explain
-from lorax_async.engines.vllm.notices import receive_notices, send_notice
 from lorax_async.engines.vllm.plugin import notice_host, register
 from lorax_async.engines.vllm.worker import (
     FILES,
@@ -369,29 +365,21 @@ async def test_a_local_folder_is_built_again_when_its_files_changed(tmp_path: Pa
 
 @pytest.mark.usefixtures("vllm")
 async def test_a_request_waits_for_one_hint_at_most(tmp_path: Path) -> None:
-    order: list[str] = []
-    turns = threading.Semaphore(0)
-
-    class Slow(Lora):
-        def _load_adapter(self, lora_request: Any) -> Any:
-            order.append(Path(lora_request.lora_path).name)
-            turns.acquire()
-            return super()._load_adapter(lora_request)
-
+    lora = Gated()
     names = [*(f"hint-{number}" for number in range(5)), "asked"]
     folders = [write_adapter(tmp_path / name, rank=1, seed=1, layers=1) for name in names]
-    engine = Engine(Slow())
+    engine = Engine(lora)
     async with serving(tmp_path, engine) as served:
         for name in names[:-1]:
             served.prefetch(name, AdapterRef(f"./{name}"))
-        await until(lambda: order)
+        await until(lambda: lora.begun)
         await asyncio.sleep(0.1)  # for all that there is to come
         asked = asyncio.create_task(served.prepare("asked", AdapterRef("./asked")))
         await until(lambda: any(str(folders[-1]) in call for call in engine.calls))
-        turns.release(len(names))
+        lora.may_load.release(len(names))
         await served.discard(await asked)
-        await until(lambda: len(order) == len(names))
-    assert order.index("asked") == 1
+        await until(lambda: len(lora.begun) == len(names))
+    assert lora.begun.index("asked") == 1
 
 
 @pytest.mark.usefixtures("vllm")
@@ -429,20 +417,6 @@ async def test_adapters_that_vllm_had_before_are_looked_after(
             await served.refresh()
             assert ("remove_lora", number) in engine.calls
     assert str(folder) not in "".join(open_files())
-
-
-async def test_a_notice_without_the_key_is_ignored() -> None:
-    notices: list[tuple[str, str]] = []
-    transport, (host, port, key) = await receive_notices(
-        "127.0.0.1", lambda *notice: notices.append(notice)
-    )
-    send_notice((host, port, key[::-1]), "/forged", "gone")
-    with socket(AF_INET, SOCK_DGRAM) as stranger:
-        stranger.sendto(b"/forged\0gone", (host, port))
-    send_notice((host, port, key), "/a", "its file has gone")
-    await until(lambda: notices)
-    assert notices == [("/a", "its file has gone")]
-    transport.close()
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 import asyncio
 import hashlib
 import sys
+import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -84,6 +85,21 @@ class Lora:
         return Model({"q": LayerWeights(weights, weights)})
 
 
+class Gated(Lora):
+    """Builds, and loads in the loop, when `may_load` allows one more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_load = threading.Semaphore(0)
+        self.begun: list[str] = []
+        """The folders' names."""
+
+    def _load_adapter(self, lora_request: Any) -> Any:
+        self.begun.append(Path(lora_request.lora_path).name)
+        self.may_load.acquire()
+        return super()._load_adapter(lora_request)
+
+
 class LayerWeights:
     def __init__(self, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
         self.lora_a = lora_a
@@ -123,13 +139,16 @@ class LoRARequest:
 
 
 class Engine:
-    """vLLM's EngineClient, with one worker, whose calls are noted."""
+    """vLLM's EngineClient, whose calls are noted, with a worker for each of `loras`.
 
-    def __init__(self, lora: Lora, *, is_extended: bool = True) -> None:
-        self.lora = lora
-        self.worker: Any = WorkerExtension()
-        if is_extended:
-            vars(self.worker)["model_runner"] = SimpleNamespace(lora_manager=lora)
+    The first one generates.
+    """
+
+    def __init__(self, *loras: Lora, is_extended: bool = True) -> None:
+        self.lora = loras[0]
+        self._workers = [WorkerExtension() for _ in loras]
+        for worker, lora in zip(self._workers, loras if is_extended else (), strict=False):
+            vars(worker)["model_runner"] = SimpleNamespace(lora_manager=lora)
         self.calls: list[tuple[Any, ...]] = []
         self.output_processor: Any = SimpleNamespace(request_states={})
         self.vllm_config: Any = SimpleNamespace(
@@ -148,7 +167,7 @@ class Engine:
 
     async def collective_rpc(self, method: str, args: Any) -> list[Any]:
         self.calls.append((method, *args))
-        return [getattr(self.worker, method)(*args)]
+        return [getattr(worker, method)(*args) for worker in self._workers]
 
     async def add_lora(self, lora_request: Any) -> None:
         self.calls.append(("add_lora", lora_request.lora_int_id))
@@ -401,7 +420,8 @@ async def _served(
     await calls.setup(host_bytes, [each.lora_int_id for each in models.lora_requests.values()])
     async with AdapterStore(config) as store:
         served = ServedAdapters(given, store, calls, models, lambda: BaseRequirements(None, None))
-        try:
+        async with AsyncExitStack() as stack:
+            if calls.extended:
+                stack.callback((await calls.listen("127.0.0.1", served.handle_loss)).close)
+            stack.push_async_callback(served.close)
             yield served
-        finally:
-            await served.close()

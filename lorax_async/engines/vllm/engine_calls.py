@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any
 
+from lorax_async.engines.vllm.notices import BuildEnded, Notice, receive_notices
 from lorax_async.errors import FetchError, FetchTimeoutError, UnsupportedAdapterError
+from lorax_async.lru import remember
 
-FIRST_POLL, LAST_POLL = 0.005, 0.1
-"""Seconds between two questions whether weights are built; each is answered between two steps."""
+FIRST_QUESTION, NEXT_QUESTION = 1.0, 2.0
+"""Seconds without a notice until the workers are asked whether weights are built, and asked again.
+An answer waits for the steps that are in flight."""
+
+MAX_BUILDS = 4096
+"""Builds whose notices are remembered."""
 
 _logger = logging.getLogger("vllm.lorax_async")  # vLLM writes what its children log
 
@@ -25,6 +32,8 @@ class EngineCalls:
     def __init__(self, client: Any) -> None:
         self._client = client
         self.extended = False
+        self._builds: OrderedDict[str, asyncio.Future[str | None]] = OrderedDict()
+        """The error of each build, by its ticket: its notice may come before the ticket does."""
 
     async def setup(self, host_bytes: int, added: Sequence[int]) -> None:
         """Extend the workers, or say once why they cannot be; see `WorkerExtension.lorax_setup`."""
@@ -46,6 +55,26 @@ class EngineCalls:
         results: list[Any] = await self._client.collective_rpc(method, args=args)
         return results
 
+    async def listen(self, host: str, on_loss: Callable[[str, str], None]) -> asyncio.BaseTransport:
+        """Let the workers send notices to address `host`, until the transport is closed.
+
+        `on_loss(path, reason)` is called for an adapter that a worker lost.
+        """
+
+        def handle(notice: Notice) -> None:
+            if isinstance(notice, BuildEnded):
+                self._end_build(notice)
+            else:
+                on_loss(*notice)
+
+        transport, address = await receive_notices(host, handle)
+        try:
+            await self.call("lorax_notify", address)
+        except BaseException:
+            transport.close()
+            raise
+        return transport
+
     async def build(self, path: str, timeout: float) -> None:
         """Build the weights in `path` in every worker, unless they are built already.
 
@@ -53,21 +82,40 @@ class EngineCalls:
         """
         if not self.extended:
             return
-        await self.call("lorax_prepare", path)
+        tickets = await self.call("lorax_prepare", path)
+        builds = [self._find_build(ticket) for ticket in tickets if ticket is not None]
         try:
             async with asyncio.timeout(timeout):
-                pause = FIRST_POLL
-                while True:
-                    results = await self.call("lorax_prepared", path)
-                    if all(done for done, _ in results):
-                        break
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, LAST_POLL)
+                errors = await self._wait_for(builds, path)
         except TimeoutError:
             raise FetchTimeoutError(f"vLLM did not build it within {timeout:g} s") from None
-        for _, error in results:
+        for error in errors:
             if error is not None:
                 raise UnsupportedAdapterError(f"vLLM cannot load it: {error}")
+
+    async def _wait_for(
+        self, builds: Sequence[asyncio.Future[str | None]], path: str
+    ) -> list[str | None]:
+        """Return the errors of builds when all have ended."""
+        pause = FIRST_QUESTION
+        while builds and (await asyncio.wait(builds, timeout=pause))[1]:
+            results = await self.call("lorax_prepared", path)  # a notice may be lost
+            if all(done for done, _ in results):
+                return [error for _, error in results]
+            pause = NEXT_QUESTION
+        return [build.result() for build in builds]
+
+    def _find_build(self, ticket: str) -> asyncio.Future[str | None]:
+        build = self._builds.get(ticket)
+        if build is None:
+            build = asyncio.get_running_loop().create_future()
+            remember(self._builds, ticket, build, MAX_BUILDS)
+        return build
+
+    def _end_build(self, notice: BuildEnded) -> None:
+        build = self._find_build(notice.ticket)
+        if not build.done():
+            build.set_result(notice.error)
 
     async def forget(self, path: str, *, keep_copy: bool = False) -> None:
         """Let the workers close the adapter's files, and drop their weights unless `keep_copy`."""

@@ -22,7 +22,7 @@ from lorax_async.engines.plugin_settings import BaseRequirements, PluginSettings
 from lorax_async.engines.vllm.checked_folders import CheckedFolders
 from lorax_async.engines.vllm.engine_calls import EngineCalls
 from lorax_async.engines.vllm.interface import SERVER_MODULES, SERVER_OBJECTS, find_missing
-from lorax_async.engines.vllm.notices import network_namespace, receive_notices
+from lorax_async.engines.vllm.notices import network_namespace
 from lorax_async.engines.vllm.routes import attach_metrics, attach_refusals, attach_routes, refuse
 from lorax_async.engines.vllm.served_adapters import ServedAdapters
 from lorax_async.errors import ConfigError, LoraxError
@@ -179,9 +179,8 @@ class ServerPlugin:
         if engine.extended:
             namespaces = await engine.call("lorax_namespace")
             host = notice_host(namespaces, config.parallel_config)
-            transport, address = await receive_notices(host, served.handle_loss)
-            self._stack.callback(transport.close)
-            await engine.call("lorax_notify", address)
+            notices = await engine.listen(host, served.handle_loss)
+            self._stack.callback(notices.close)
         await served.load_base()
         self._stack.push_async_callback(served.close)
         served.add_loaded()

@@ -8,16 +8,24 @@ a thread; the loop only copies the result into a slot.
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorax_async.engines.vllm.interface import WORKER, find_missing
-from lorax_async.engines.vllm.notices import NoticeAddress, network_namespace, send_notice
+from lorax_async.engines.vllm.notices import (
+    AdapterLost,
+    BuildEnded,
+    NoticeAddress,
+    network_namespace,
+    send_notice,
+)
 from lorax_async.errors import shorten
 from lorax_async.lru import remember
 
@@ -62,9 +70,12 @@ class WorkerExtension:
     def lorax_notify(self, address: NoticeAddress) -> None:
         self._lorax_weights.address = address
 
-    def lorax_prepare(self, path: str) -> None:
-        """Begin to build the weights in folder `path`, unless they are built already."""
-        self._lorax_weights.prepare(path)
+    def lorax_prepare(self, path: str) -> str | None:
+        """Begin to build the weights in folder `path`, unless they are built already.
+
+        Return the ticket of the notice that will tell its end, or None if it is built.
+        """
+        return self._lorax_weights.prepare(path)
 
     def lorax_prepared(self, path: str) -> tuple[bool, str | None]:
         """Return whether `lorax_prepare` has ended, and its error."""
@@ -79,14 +90,22 @@ class WorkerExtension:
         return self._lorax_weights.report()
 
 
+class Build(NamedTuple):
+    """A build that runs, or has ended since the last call."""
+
+    ticket: str
+    """Another one for each build: a notice of an earlier one is not taken for it."""
+    future: Future[Any]
+
+
 class BuiltWeights:
     """The LoRA weights of one worker in host memory, by their folder, within a budget of bytes.
 
-    All methods run in the engine's loop; `_build` runs in a thread.
+    All methods run in the engine's loop; `_build` and `_tell` run in a thread.
     """
 
     address: NoticeAddress | None = None
-    """Where to send notices of lost adapters."""
+    """Where to send notices."""
 
     def __init__(self, lora: Any, budget: int, added: Iterable[int] = ()) -> None:
         self._lora = lora
@@ -95,7 +114,7 @@ class BuiltWeights:
         self._budget = budget
         self._models: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._files: dict[str, OpenFiles] = {}
-        self._building: dict[str, Future[Any]] = {}
+        self._building: dict[str, Build] = {}
         self._lost: dict[str, str] = {}
         self._added = set(added)
         self._requests: OrderedDict[int, Any] = OrderedDict()
@@ -104,27 +123,38 @@ class BuiltWeights:
 
     # -- building ---------------------------------------------------------------------------------
 
-    def prepare(self, path: str) -> None:
-        """Begin to open the files of `path` and to build it, unless it is built already."""
+    def prepare(self, path: str) -> str | None:
+        """Begin to open the files of `path` and to build it; return the ticket of the build.
+
+        Return None if it is built already.
+        """
+        self.progress(path)
         if path in self._models:
             self._models.move_to_end(path)
-        building = self._building.get(path)
-        has_failed = building is not None and building.done() and building.exception() is not None
-        is_ready = path in self._models and path in self._files
-        if not is_ready and (building is None or has_failed):
-            self._building[path] = self._thread.submit(self._build, path)
+            if path in self._files:
+                return None
+        build = self._building.get(path)
+        if build is None or build.future.done():  # it failed
+            build = Build(secrets.token_hex(8), self._thread.submit(self._build, path))
+            self._building[path] = build
+            build.future.add_done_callback(partial(self._tell, build.ticket, path))
+        return build.ticket
+
+    def _tell(self, ticket: str, path: str, future: Future[Any]) -> None:
+        if self.address is not None and not future.cancelled():
+            send_notice(self.address, BuildEnded(ticket, _error_of(future, path)))
 
     def progress(self, path: str) -> tuple[bool, str | None]:
-        """Return whether building has ended, and its error."""
-        building = self._building.get(path)
-        if building is None:
+        """Return whether building has ended, and its error. Take the weights that it built."""
+        build = self._building.get(path)
+        if build is None:
             return True, None
-        if not building.done():
+        if not build.future.done():
             return False, None
-        if (error := building.exception()) is not None:
-            return True, _describe(error, path)  # and again, until `forget`: several may ask
+        if (error := _error_of(build.future, path)) is not None:
+            return True, error  # and again, until `forget`: several may ask
         del self._building[path]
-        files, model, nbytes = building.result()
+        files, model, nbytes = build.future.result()
         if (before := self._files.get(path)) is not None and before is not files:
             before.close()
         self._files[path] = files
@@ -183,6 +213,7 @@ class BuiltWeights:
         self._models[path] = model, nbytes
 
     def forget(self, path: str, *, keep_copy: bool) -> None:
+        self.progress(path)
         self._cancel(path)
         if (files := self._files.pop(path, None)) is not None:
             files.close()
@@ -191,9 +222,9 @@ class BuiltWeights:
             self._models.pop(path, None)
 
     def _cancel(self, path: str) -> None:
-        building = self._building.pop(path, None)
-        if building is not None and not building.cancel():
-            building.add_done_callback(_close_files)
+        build = self._building.pop(path, None)
+        if build is not None and not build.future.cancel():
+            build.future.add_done_callback(_close_files)
 
     # -- serving ----------------------------------------------------------------------------------
 
@@ -251,7 +282,7 @@ class BuiltWeights:
         self.counts["lost"] += 1
         self._lost[path] = _describe(error, path)
         if self.address is not None:
-            send_notice(self.address, path, self._lost[path])
+            send_notice(self.address, AdapterLost(path, self._lost[path]))
 
     def activate(self, requests: Iterable[Any], mapping: Any) -> None:
         """Bring a step's adapters into slots; replaces `WorkerLoRAManager.set_active_adapters`.
@@ -271,6 +302,8 @@ class BuiltWeights:
 
     def report(self) -> dict[str, Any]:
         """Return the numbers of adapters in slots and in vLLM's cache, and our bytes by path."""
+        for path in tuple(self._building):
+            self.progress(path)
         adapters = self._lora._adapter_manager  # noqa: SLF001
         return {
             "device": [number for number in adapters.lora_index_to_id if number is not None],
@@ -348,9 +381,15 @@ def _describe(error: BaseException, path: str) -> str:
     return shorten((str(error) or repr(error)).replace(path, "its folder"), 500)
 
 
-def _close_files(building: Future[Any]) -> None:
-    if not building.cancelled() and building.exception() is None:
-        building.result()[0].close()
+def _error_of(build: Future[Any], path: str) -> str | None:
+    """Return the text of the error with which a build ended, or None."""
+    error = build.exception()
+    return None if error is None else _describe(error, path)
+
+
+def _close_files(build: Future[Any]) -> None:
+    if not build.cancelled() and build.exception() is None:
+        build.result()[0].close()
 
 
 def _require_applied(model: Any, adapters: Any) -> None:
