@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from event_loops import until
 from scheduler_world import MANY, VirtualClock, finish, held, opened, rows, silence, step
-from tiny_sources import make_source, state
+from tiny_sources import is_resident, make_source, state
 
 from lorax_async import Request
 from overload import (
@@ -151,6 +151,7 @@ async def test_a_request_without_end_makes_room_amid_it_and_goes_on(tmp_path: Pa
     async with opened(source, one_slot, clock=clock) as (loader, scheduler):
         endless = scheduler.submit(Request("a", 1, MANY))
         await step(scheduler)
+        await until(lambda: is_resident(loader, "a"))  # or it is taken for one that does not come
         other = scheduler.submit(Request("b", 1, 1))
         await until(lambda: loader.placement().find("b"))
         while clock.now < 50.0:
