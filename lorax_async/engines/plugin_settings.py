@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from http import HTTPStatus
 from math import ceil
@@ -28,7 +28,7 @@ from lorax_async.errors import (
 )
 from lorax_async.formats.peft_config import parse_config
 from lorax_async.formats.peft_names import parse_tensor_name
-from lorax_async.formats.tensor_kinds import FEATURES, KINDS, TensorRole
+from lorax_async.formats.tensor_kinds import FEATURES, KINDS, PARAMETERS, WHOLE, TensorRole
 from lorax_async.ids import (
     Allow,
     HubRepository,
@@ -40,9 +40,9 @@ from lorax_async.ids import (
     parse_source,
 )
 from lorax_async.lru import remember
-from lorax_async.planning.layout import ModelLayout
+from lorax_async.planning.layout import ModelLayout, Parameter
 from lorax_async.planning.model_families import decoder_layout
-from lorax_async.planning.pairing import pair_tensors
+from lorax_async.planning.pairing import OtherTensor, pair_tensors
 from lorax_async.planning.sharding import shard_layout
 from lorax_async.planning.transfer_plan import BaseCopy
 from lorax_async.remote.hub import HUB_REMEDY
@@ -302,6 +302,23 @@ def layout_for(config: Mapping[str, Any], logger: logging.Logger) -> ModelLayout
     return layout
 
 
+_FUSED = frozenset({"gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_vl_moe"})
+"""Types of models whose fused experts vLLM adapts: those with `is_3d_moe_weight`."""
+
+
+def fused_width(config: Mapping[str, Any]) -> int | None:
+    """Return the hidden size of a base whose fused experts vLLM adapts, or None."""
+    if config.get("model_type") not in _FUSED:
+        return None
+    for part in ("thinker_config", "text_config"):
+        config = config.get(part, config)
+    return config.get("hidden_size")
+
+
+_HEADS: Mapping[str, frozenset[str]] = {"vLLM": frozenset({"classifier", "score"})}
+"""The whole modules that an engine applies, where a base has them; others it drops."""
+
+
 @dataclass(frozen=True, slots=True)
 class BaseRequirements:
     """What adapters have to fit: the base's layout, if known, and the server's highest rank."""
@@ -312,6 +329,8 @@ class BaseRequirements:
     check_finite: bool = True
     engine: str = ""
     """The engine's name in `tensor_kinds`; "" accepts kinds of tensors that none applies."""
+    fused_width: int | None = None
+    """The base's hidden size, if the engine adapts its fused experts."""
     base: str = ""
     """The base's folder, or its id in the hub cache, where the layout does not name it."""
     base_copies: BaseCopyRule = "refuse"
@@ -336,8 +355,8 @@ class BaseRequirements:
             )
         layout = self.layout or layouts.from_adapter(folder, limits=limits)
         _, others = pair_tensors(header, spec, layout, limits)
-        for other in others if self.engine else ():
-            self._require_role(other.span.name, other.part)
+        if self.engine:
+            self._require_others(others, layout)
         if self.base_copies != "trust":
             base = BaseCopies(shard_layout(replace(layout, base=layout.base or self.base), None))
             copies = [BaseCopy.of(it) for it in others if it.part is TensorRole.BASE_COPY]
@@ -349,7 +368,39 @@ class BaseRequirements:
     def _require_applied(self, tensor: str) -> None:
         """Raise `UnsupportedAdapterError` for a tensor of a kind that the engine would drop."""
         name = parse_tensor_name(tensor)
+        if name.part in PARAMETERS and self.fused_width is not None:
+            return  # see `_require_fused`, which knows what they are of
+        if name.part in WHOLE and name.module in _HEADS.get(self.engine, ()):
+            return
         self._require_role(tensor, name.part, embedding=name.embedding)
+
+    def _require_others(self, others: Iterable[OtherTensor], layout: ModelLayout) -> None:
+        """Raise `UnsupportedAdapterError` for what the engine would drop or confuse."""
+        fused: dict[str, dict[str, tuple[int, int]]] = {}
+        for other in others:
+            owner = layout.at(other.module)
+            if isinstance(owner, Parameter) and self.fused_width is not None:
+                fused.setdefault(owner.module, {})[owner.key] = owner.sizes
+            elif other.part not in WHOLE or owner.name not in _HEADS.get(self.engine, ()):
+                self._require_role(other.span.name, other.part)
+        for path, sizes in fused.items():
+            self._require_fused(path, sizes)
+
+    def _require_fused(self, path: str, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise unless the engine applies all that changes fused experts, as it is."""
+        if sizes.keys() != {"gate_up_proj", "down_proj"}:
+            raise UnsupportedAdapterError(
+                f"it changes {', '.join(sorted(sizes))} of {shorten(path, 200)!r}; {self.engine}"
+                " applies gate_up_proj and down_proj of fused experts, both together and nothing"
+                " beside them; train these, or serve it with lorax_async's own server"
+            )
+        widths = sizes["gate_up_proj"][1], sizes["down_proj"][0]
+        if widths != (self.fused_width, self.fused_width):
+            raise IncompatibleAdapterError(
+                f"the experts of {shorten(path, 200)!r} take {widths[0]} features and give"
+                f" {widths[1]}, and the base's {self.fused_width}: it is of another base, or peft"
+                " 0.17 or 0.18 saved it with swapped axes; save it again with a newer peft"
+            )
 
     def _require_role(
         self, tensor: str, role: TensorRole, *, embedding: bool | None = None

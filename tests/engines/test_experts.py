@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lorax_async import layouts
 from lorax_async.config import LoaderConfig, Shard
+from lorax_async.engines.plugin_settings import BaseRequirements, fused_width
 from lorax_async.errors import (
     AdapterFormatError,
     IncompatibleAdapterError,
@@ -364,6 +365,54 @@ def test_a_config_tells_the_experts(kind: str, tmp_path: Path) -> None:
     for path in {it.module for it in built.parameters}:
         order = [[it.at(n).name for n in it.parameters_of(path)] for it in (found, built)]
         assert order[0] == order[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters", "change", "words"),
+    [
+        ("gpt_oss", FUSED, keep, None),
+        ("qwen3_moe", [*FUSED, "mlp.gate.weight"], keep, None),
+        ("gpt_oss", FUSED + BIASES[:1], keep, "down_proj, gate_up_proj, gate_up_proj_bias of"),
+        ("gpt_oss", FUSED[:1] + BIASES[:1], keep, "gate_up_proj, gate_up_proj_bias of"),
+        ("gpt_oss", FUSED[:1], keep, "it changes gate_up_proj of"),
+        ("gpt_oss", FUSED[1:], keep, "it changes down_proj of"),
+        ("qwen3_moe", FUSED, swap, "take 48 features and give 24, and the base's 32"),
+    ],
+)
+def test_vllm_gets_the_fused_experts_that_it_applies(
+    kind: str, parameters: list[str], change: Any, words: str | None, tmp_path: Path
+) -> None:
+    folder = save(kind, tmp_path / "adapter", parameters)
+    rewritten(folder, change)
+    with pytest.raises(UnsupportedAdapterError, match=r"target_parameters.*vLLM does not apply"):
+        BaseRequirements(None, None, engine="vLLM").check(folder)
+    check = BaseRequirements(None, None, engine="vLLM", fused_width=32).check
+    if words is None:
+        assert check(folder) > 0
+    else:
+        with pytest.raises((UnsupportedAdapterError, IncompatibleAdapterError), match=words):
+            check(folder)
+
+
+def test_a_module_for_each_expert_is_vllms_to_judge(tmp_path: Path) -> None:
+    folder = save_old("qwen3_moe", tmp_path / "adapter")
+    assert BaseRequirements(None, None, engine="vLLM").check(folder) > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        (hf.GptOssConfig(hidden_size=96), 96),
+        (hf.Qwen3VLMoeConfig(text_config={"hidden_size": 96}), 96),
+        (hf.Qwen3_5MoeConfig(text_config={"hidden_size": 96}), 96),
+        (hf.Qwen3OmniMoeConfig(thinker_config={"text_config": {"hidden_size": 96}}), 96),
+        (hf.Qwen3MoeConfig(hidden_size=96), None),
+        (hf.MixtralConfig(hidden_size=96), None),
+    ],
+    ids=lambda it: getattr(it, "model_type", None),
+)
+def test_bases_whose_fused_experts_vllm_adapts(config: Any, width: int | None) -> None:
+    assert fused_width(config.to_dict()) == width
 
 
 async def test_a_shard_refuses_experts(tmp_path: Path) -> None:

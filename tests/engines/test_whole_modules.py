@@ -390,6 +390,14 @@ async def test_nan_in_a_whole_module_is_refused(tmp_path: Path) -> None:
             await loader.load(change(adapter, spoil))
 
 
+async def test_a_classifiers_head_is_vllms_to_judge(tmp_path: Path) -> None:
+    adapter = save(scored, CASES["score"][1], tmp_path)
+    for known in (layouts.from_module(scored()), None):
+        assert BaseRequirements(known, None, engine="vLLM").check(adapter) > 0
+        with pytest.raises(UnsupportedAdapterError, match="score.weight.*modules_to_save.*SGLang"):
+            BaseRequirements(known, None, engine="SGLang").check(adapter)
+
+
 async def test_engines_that_cannot_apply_it_refuse_it_by_name(tmp_path: Path) -> None:
     adapter = save(llama, CASES["head"][1], tmp_path)
     layout = layouts.from_module(llama())

@@ -154,7 +154,12 @@ class Engine:
         self.vllm_config: Any = SimpleNamespace(
             lora_config=SimpleNamespace(max_lora_rank=16),
             model_config=SimpleNamespace(
-                is_multimodal_model=False, is_moe=True, dtype=None, model="base", revision=None
+                is_multimodal_model=False,
+                is_moe=True,
+                dtype=None,
+                model="base",
+                revision=None,
+                hf_config=SimpleNamespace(to_dict=dict),
             ),
             parallel_config=SimpleNamespace(
                 local_engines_only=True,

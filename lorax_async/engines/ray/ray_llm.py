@@ -24,11 +24,11 @@ from lorax_async.config import PEERS_REMOVED, Limits, StoreConfig
 from lorax_async.engines.plugin_settings import (
     BaseRequirements,
     FailureLog,
+    fused_width,
     layout_for,
     response_to,
 )
 from lorax_async.errors import ConfigError, LoraxError
-from lorax_async.planning.layout import ModelLayout
 from lorax_async.remote.hub import download_base
 from lorax_async.runtime.folders import AdapterFolder
 from lorax_async.store import AdapterStore
@@ -143,22 +143,29 @@ class ModelDownloader:
 def _read_base(llm_config: Any, limits: Limits, *, check_finite: bool) -> BaseRequirements:
     """Return what the adapters of a replica have to fit. Blocks."""
     rank = int(llm_config.engine_kwargs.get("max_lora_rank", MAX_RANK))
-    layout, base = _read_layout(llm_config), ""
+    config = _read_config(llm_config)
+    layout, base = None if config is None else layout_for(config, _logger), ""
     with suppress(OSError, LoraxError):  # then its copies of the base's weights are refused
         base = str(_base_folder(llm_config))
     return BaseRequirements(
-        layout, rank, check_finite=check_finite, engine="vLLM", base=base, limits=limits
+        layout,
+        rank,
+        check_finite=check_finite,
+        engine="vLLM",
+        fused_width=fused_width(config or {}),
+        base=base,
+        limits=limits,
     )
 
 
-def _read_layout(llm_config: Any) -> ModelLayout | None:
-    """Return the base's layout, or None, after a warning, if it is not known. Blocks."""
+def _read_config(llm_config: Any) -> dict[str, Any] | None:
+    """Return the base's config, or None, after a warning, if it cannot be read. Blocks."""
     try:
         config = json.loads((_base_folder(llm_config) / "config.json").read_bytes())
     except (OSError, ValueError, LoraxError) as error:
         _logger.warning("adapters are not compared with the shapes of the base: %s", str(error))
         return None
-    return layout_for(config, _logger)
+    return config if isinstance(config, dict) else {}
 
 
 def _base_folder(llm_config: Any) -> Path:

@@ -51,6 +51,7 @@ SERVER_OBJECTS = (
     Name("client.vllm_config.model_config.is_multimodal_model"),
     Name("client.vllm_config.model_config.is_moe"),
     Name("client.vllm_config.model_config.dtype"),
+    Name("client.vllm_config.model_config.hf_config"),
     Name("client.vllm_config.model_config.model"),
     Name("client.vllm_config.model_config.revision"),
     Name("client.vllm_config.parallel_config.local_engines_only"),

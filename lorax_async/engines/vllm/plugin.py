@@ -11,14 +11,14 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
 from lorax_async import layouts
 from lorax_async.config import StoreConfig
-from lorax_async.engines.plugin_settings import BaseRequirements, PluginSettings
+from lorax_async.engines.plugin_settings import BaseRequirements, PluginSettings, fused_width
 from lorax_async.engines.vllm.checked_folders import CheckedFolders
 from lorax_async.engines.vllm.engine_calls import EngineCalls
 from lorax_async.engines.vllm.interface import SERVER_MODULES, SERVER_OBJECTS, find_missing
@@ -115,7 +115,13 @@ class ServerPlugin:
     """A `vllm.plugins.endpoint_plugins.interface.EndpointPlugin`."""
 
     name = NAME
-    required_tasks: tuple[str, ...] | None = ("generate",)
+    required_tasks: tuple[str, ...] | None = (
+        "generate",
+        "embed",
+        "classify",
+        "token_embed",
+        "token_classify",
+    )
 
     def __init__(self) -> None:
         self._stack = AsyncExitStack()
@@ -168,6 +174,7 @@ class ServerPlugin:
                 config.lora_config.max_lora_rank,
                 check_finite=settings.check_finite,
                 engine="vLLM",
+                fused_width=fused_width(config.model_config.hf_config.to_dict()),
                 base=config.model_config.model,
                 base_copies=settings.base_copies,
                 limits=settings.limits,
@@ -199,16 +206,17 @@ class ServerPlugin:
             " noticed. This version of lorax_async needs vLLM's %s",
             ", ".join(missing),
         )
-        try:
+        layout = width = None
+        with suppress(AttributeError):  # among the missing ones
             layout = await asyncio.to_thread(read_layout, config.model_config)
-        except AttributeError:  # among the missing ones
-            layout = None
+            width = fused_width(config.model_config.hf_config.to_dict())
         rank = getattr(getattr(config, "lora_config", None), "max_lora_rank", None)
         base = BaseRequirements(
             layout,
             rank,
             check_finite=settings.check_finite,
             engine="vLLM",
+            fused_width=width,
             base=getattr(config.model_config, "model", ""),
             base_copies=settings.base_copies,
             limits=settings.limits,
