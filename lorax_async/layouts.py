@@ -115,12 +115,22 @@ def is_lookup(name: str, module: nn.Module) -> bool:
 
 def is_experts(module: nn.Module) -> bool:
     """Return whether a module has fused experts, as transformers 5 has them."""
+    if has_slabs(module):
+        return True
     fields = vars(module)
     known = {"has_gate", "has_bias", "is_transposed"} <= fields.keys()
     if not known or fields.get("has_post_expert_norm"):
         return False
     first = "gate_up_proj" if fields["has_gate"] else "up_proj"
     return {first, "down_proj"} <= dict(module.named_parameters(recurse=False)).keys()
+
+
+def has_slabs(module: nn.Module) -> bool:
+    """Return whether a module has fused experts that all get all tokens, as Llama 4's.
+
+    PEFT does not see that their weights are `[experts, in, out]`, and calls in out.
+    """
+    return type(module).__name__ == "Llama4TextExperts"
 
 
 def is_conv1d(module: nn.Module) -> TypeGuard[Any]:
@@ -456,7 +466,9 @@ def _adaptable_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
                 f"module {name!r} belongs to an attached adapter; take the layout of the plain"
                 " base model"
             )
-        linear = isinstance(module, nn.Linear) or is_conv1d(module)
+        # Routers that are linear modules give indices too: their weight is a bare parameter.
+        linear = isinstance(module, nn.Linear) and not type(module).__name__.endswith("Router")
+        linear = linear or is_conv1d(module)
         if (linear or is_lookup(name, module)) and name:
             yield name, module
 

@@ -426,8 +426,7 @@ class ModelBatch:
     ) -> Any:
         """Return the outputs of a module whose bare parameters adapters of the batch change.
 
-        Inputs and outputs have a row per token, all tokens of the batch's first row first. `base`
-        is the base's forward.
+        `base` is the base's forward.
         """
         self.gate.enter(adapted.module.layer)
         own = frozenset(adapted.parameters)
@@ -440,19 +439,23 @@ class ModelBatch:
         if adapters and len(set(self._slots)) == 1:
             (adapter,) = adapters.values()
             return experts.compute(adapted.base, adapter, inputs)
-        places = torch.arange(inputs[0].shape[0], device=inputs[0].device)
-        if self._rows is None or any(len(x) != self._rows * self._tokens for x in inputs):
+        if self._rows is None or any(not self._has_rows(x, adapted) for x in inputs):
             raise _mixed_error(adapted.module, inputs, self._rows)
-        by_row = places.view(self._rows, self._tokens)
+        split = [experts.split_rows(adapted.base, x, self._rows) for x in inputs]
         changed = {row for slot in adapters for row in rows[slot]}
         parts = []
         if rest := [row for row in range(self._rows) if row not in changed]:
-            at = by_row[rest].flatten()
-            parts.append((at, base(*(x[at] for x in inputs))))
+            parts.append((rest, base(*(x[:, rest].flatten(0, 2) for x in split))))
         for slot, adapter in adapters.items():
-            at = by_row[rows[slot]].flatten()
-            parts.append((at, experts.compute(adapted.base, adapter, tuple(x[at] for x in inputs))))
-        return _joined(parts)
+            own_inputs = tuple(x[:, rows[slot]].flatten(0, 2) for x in split)
+            parts.append((rows[slot], experts.compute(adapted.base, adapter, own_inputs)))
+        return _joined(parts, adapted.base)
+
+    def _has_rows(self, x: torch.Tensor, adapted: AdaptedModule) -> bool:
+        """Return whether the tokens of each row are together in an input `x`."""
+        if x.dim() > 2:
+            return x.shape[0] == self._rows
+        return len(x) == experts.slabs_of(adapted.base) * (self._rows or 0) * self._tokens
 
     def _parameters(self, slot: int, adapted: AdaptedModule) -> dict[str, ParameterWeights]:
         """Return an adapter's share of a module's bare parameters, by their names there."""
@@ -502,13 +505,14 @@ class ModelBatch:
             return y
         module, tables = adapted.module, self._place.tables
         self.gate.enter(module.layer)
-        if (tokens := self._count_tokens(x, adapted)) is None:
-            self._require_untouched(x, adapted)
+        tokens = self._count_tokens(x, adapted) if isinstance(y, torch.Tensor) else None
+        if tokens is None:
+            self._require_untouched(x, y, adapted)
             return y
         y = _guarded(y.contiguous())
         flat_y, flat_x = y.detach(), x.detach()
         if not (adapted.flat and x.dim() == 2):
-            flat_y, flat_x = flat_y.flatten(0, 1), self._flattened(x)
+            flat_y, flat_x = flat_y.flatten(0, -2), self._flattened(x, adapted.module.embedding)
         out = self.gate.slots_out
         # Prefill, decoding step or head.
         key = self._row_slots, tokens, out, self._thresholds
@@ -532,9 +536,10 @@ class ModelBatch:
         if adapted.flat and x.dim() == 2 and self._rows is not None:
             return self._tokens if x.shape[0] == self._rows * self._tokens else None
         # Embeddings also get positions, one row for all: [1, tokens].
-        has_rows = x.shape[0] == self._rows if adapted.module.embedding else x.dim() == 3
-        if not has_rows or (adapted.module.embedding and x.dim() != 2):
+        if x.shape[0] != self._rows or (x.dim() != 2 if adapted.module.embedding else x.dim() < 3):
             return None
+        if x.dim() > 3:  # of attention's compressed keys and values, by head
+            return x[0, ..., 0].numel()
         self._tokens = x.shape[1]
         return self._tokens
 
@@ -567,29 +572,34 @@ class ModelBatch:
             else:
                 _add_linear(*rows, operands, bias, factor, adapted.base)
 
-    def _flattened(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `x` as `[tokens, in]`.
+    def _flattened(self, x: torch.Tensor, embedding: bool) -> torch.Tensor:
+        """Return `x` as `[tokens, in]`, or an embedding's as `[tokens]`.
 
         q, k and v get the same view, by which kernels recognize their common input.
         """
         cached = self._flat
         if cached is not None and cached[0]() is x:
             return cached[1]
-        flat = x.detach().flatten(0, 1).contiguous()
+        flat = x.detach().flatten(0, -1 if embedding else -2).contiguous()
         if flat.data_ptr() == x.data_ptr():  # a copy would not follow later writes to x
             self._flat = ref(x), flat
         return flat
 
-    def _require_untouched(self, x: torch.Tensor, adapted: AdaptedModule) -> None:
-        """Raise `UsageError` if an adapter changes a module whose input has no row dimension."""
+    def _require_untouched(self, x: torch.Tensor, y: Any, adapted: AdaptedModule) -> None:
+        """Raise `UsageError` if an adapter changes a module of which rows cannot be told apart."""
         ranks, module = self._place.tables.rank[adapted.index], adapted.module
-        if any(int(ranks[handle.slot.index]) for handle in self._handles):
-            wanted = "[rows, tokens]" if module.embedding else "[rows, tokens, features]"
+        if not any(int(ranks[handle.slot.index]) for handle in self._handles):
+            return
+        if not isinstance(y, torch.Tensor):
             raise UsageError(
-                f"module {module.name!r} got an input of shape {list(x.shape)}, in which the rows "
-                f"of a batch of {self._rows} cannot be told apart; adapters can be applied to "
-                f"{wanted} only"
+                f"module {module.name!r} has several outputs, to which PEFT adds no adapter"
+                " either; train one without this module"
             )
+        wanted = "[rows, tokens]" if module.embedding else "[rows, tokens, features]"
+        raise UsageError(
+            f"module {module.name!r} got an input of shape {list(x.shape)}, in which the rows of a"
+            f" batch of {self._rows} cannot be told apart; adapters can be applied to {wanted} only"
+        )
 
     def _new_plan(self, tokens: int, out: frozenset[int]) -> BatchPlans:
         segments = plan_rows(self._slots, [tokens] * len(self._slots))
@@ -642,13 +652,16 @@ def _with_rows(y: torch.Tensor, rows: torch.Tensor, own: torch.Tensor) -> torch.
 
 
 def _joined(
-    parts: Sequence[tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, ...]]],
+    parts: Sequence[tuple[Sequence[int], torch.Tensor | tuple[torch.Tensor, ...]]], base: nn.Module
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """Return outputs of which each part has some rows, at the given places."""
-    outputs = [(own,) if isinstance(own, torch.Tensor) else own for _, own in parts]
-    places = torch.cat([at for at, _ in parts]).argsort()
-    joined = tuple(torch.cat(own)[places] for own in zip(*outputs, strict=True))
-    return joined[0] if isinstance(parts[0][1], torch.Tensor) else joined
+    """Return the outputs of a module, of which each part has the given rows."""
+    order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
+    outputs = [(rows, (y,) if isinstance(y, torch.Tensor) else y) for rows, y in parts]
+    joined = []
+    for number, y in enumerate(outputs[0][1]):
+        split = [experts.split_rows(base, own[number], len(rows)) for rows, own in outputs]
+        joined.append(torch.cat(split, 1)[:, order.to(y.device)].flatten(0, 2))
+    return joined[0] if isinstance(parts[0][1], torch.Tensor) else tuple(joined)
 
 
 def _mixed_error(

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from lorax_async.errors import UsageError
 from lorax_async.handle import ParameterWeights
-from lorax_async.layouts import is_experts
+from lorax_async.layouts import has_slabs, is_experts
 
 Adapter = Mapping[str, ParameterWeights]
 """The parameters of a module that an adapter changes, by their names in the module."""
@@ -26,10 +26,24 @@ def compute(
     module: nn.Module, adapter: Adapter, inputs: tuple[torch.Tensor, ...]
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Return what `module` computes for tokens that all have this adapter."""
+    if has_slabs(module):
+        return _compute_slabs(module, adapter, *inputs)
     if is_experts(module):
         return _compute_experts(module, adapter, *inputs)
     forward: Callable[..., torch.Tensor] = type(module).forward
     return forward(_with_deltas(module, adapter), *inputs)
+
+
+def slabs_of(module: Any) -> int:
+    """Return how often the module's inputs have all tokens: once, or once for each expert."""
+    slabs: int = module.num_experts if has_slabs(module) else 1
+    return slabs
+
+
+def split_rows(module: Any, x: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return inputs or outputs of a module as `[slabs, rows, …]`."""
+    slabs = slabs_of(module)
+    return x.reshape(slabs, rows, len(x) // (slabs * rows), *x.shape[1:])
 
 
 def _first(module: Any) -> str:
@@ -64,19 +78,32 @@ def _compute_experts(
     return y
 
 
+def _compute_slabs(module: Any, adapter: Adapter, x: torch.Tensor) -> torch.Tensor:
+    """Return the outputs of experts that all get all tokens, `[experts * tokens, features]`."""
+    outputs = []
+    for expert, slab in enumerate(x.view(module.num_experts, -1, x.shape[-1])):
+        gate, up = _project(module, "gate_up_proj", slab, expert, adapter).chunk(2, dim=-1)
+        inner = up * module.act_fn(gate)
+        outputs.append(_project(module, "down_proj", inner, expert, adapter))
+    return torch.cat(outputs)
+
+
 def _project(
     module: Any, name: str, x: torch.Tensor, expert: int, adapter: Adapter
 ) -> torch.Tensor:
     """Return the output of one expert's weight and bias, with the adapter's."""
     weight = getattr(module, name)[expert]
-    bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+    biases = getattr(module, f"{name}_bias", None)
+    bias = None if biases is None else biases[expert]
     if bias is not None and (pair := adapter.get(f"{name}_bias")) is not None:
         delta = pair.expert(0)
         bias = bias + delta.scale * (delta.b[expert] @ delta.a)
-    y = linear(x, weight.T if module.is_transposed else weight, bias)
+    transposed = has_slabs(module) or module.is_transposed
+    y = linear(x, weight.T if transposed else weight, bias)
     if (pair := adapter.get(name)) is not None:
         own = pair.expert(expert)
-        y = y + own.scale * linear(linear(x, own.a), own.b)
+        a, b = (own.b.T, own.a.T) if has_slabs(module) else (own.a, own.b)
+        y = y + own.scale * linear(linear(x, a), b)
     return y
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import transformers_weight_conversion as conversions
 from peft_adapters import WEIGHTS, logits_of, prompt, serving
 from safetensors.torch import load_file, save_file
 
@@ -56,6 +57,36 @@ BASES: dict[str, tuple[Any, Any, Any]] = {
     "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig, MIX),
     "olmoe": (hf.OlmoeForCausalLM, hf.OlmoeConfig, SIZES | {"num_experts": 4}),
     "gpt_oss": (hf.GptOssForCausalLM, hf.GptOssConfig, MIX | FULL | {"head_dim": 8}),
+}
+FROM_CONFIG = tuple(BASES)
+SHARED = QWEN | {"head_dim": 8, "shared_expert_intermediate_size": 20}
+GROUPED = SHARED | {
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+COMPRESSED = {f"{it}_rank": 8 for it in ("kv_lora", "q_lora")}
+COMPRESSED |= {f"{it}_head_dim": 8 for it in ("qk_rope", "qk_nope", "v")}
+RECURRENT = {f"linear_{it}_head_dim": 8 for it in ("key", "value")}
+RECURRENT |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+BASES |= {
+    "deepseek_v3": (
+        hf.DeepseekV3ForCausalLM,
+        hf.DeepseekV3Config,
+        GROUPED | COMPRESSED | {"num_key_value_heads": 4},
+    ),
+    "llama4": (
+        hf.Llama4ForCausalLM,
+        hf.Llama4TextConfig,
+        MIX | {"head_dim": 8, "intermediate_size_mlp": 24, "num_experts_per_tok": 1},
+    ),
+    "phimoe": (hf.PhimoeForCausalLM, hf.PhimoeConfig, MIX),
+    "qwen3_5_moe": (
+        hf.Qwen3_5MoeForCausalLM,
+        hf.Qwen3_5MoeTextConfig,
+        SHARED | RECURRENT | {"num_hidden_layers": 4},
+    ),
 }
 
 
@@ -105,6 +136,12 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "router beside": ("gpt_oss", [*FUSED, "router.weight"], {}),
     "one bias": ("gpt_oss", BIASES[1:], {"target_modules": []}),
     "shared expert": ("qwen2_moe", FUSED, {"target_modules": "all-linear"}),
+    "compressed": ("deepseek_v3", [*FUSED, "gate.weight"], {"target_modules": "all-linear"}),
+    "slabs": ("llama4", FUSED, {"target_modules": ["q_proj", "gate_proj", "down_proj"]}),
+    "one slab": ("llama4", [FUSED[0], "router.weight"], {}),
+    "linear router": ("phimoe", [*FUSED, "router.weight"], {}),
+    "untouched router": ("phimoe", FUSED, {}),
+    "recurrent": ("qwen3_5_moe", [*FUSED, "mlp.gate.weight"], {"target_modules": "all-linear"}),
     "linear's weight": ("qwen3_moe", ["k_proj.weight"], {"alpha_pattern": {"k_proj.weight": 5}}),
 }
 
@@ -228,7 +265,7 @@ async def test_axes_that_no_shape_tells_are_refused(tmp_path: Path) -> None:
 
 
 NAMES = {"qwen3_moe": "mlp.experts {}.gate_proj {}.up_proj {}.down_proj mlp.gate"}
-NAMES["olmoe"] = NAMES["qwen3_moe"]
+NAMES |= dict.fromkeys(("olmoe", "qwen2_moe"), NAMES["qwen3_moe"])
 NAMES["mixtral"] = "block_sparse_moe.experts {}.w1 {}.w3 {}.w2 block_sparse_moe.gate"
 
 
@@ -258,7 +295,12 @@ def save_old(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **conf
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("kind", NAMES)
-async def test_the_files_of_transformers_4(kind: str, rslora: bool, tmp_path: Path) -> None:
+async def test_the_files_of_transformers_4(
+    kind: str, rslora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # PEFT converts the files of bases that are like Qwen2-MoE, and has forgotten this one.
+    patterns = vars(conversions)["_MODEL_TO_CONVERSION_PATTERN"]
+    monkeypatch.setitem(patterns, "qwen2_moe", "qwen2_moe")
     folder = save_old(kind, tmp_path / "adapter", use_rslora=rslora)
     inputs, model = prompt(3), base(kind)
     expected = pefts(kind, folder, inputs)
@@ -353,7 +395,7 @@ def test_a_layout_of_the_adapter_alone(case: str, tmp_path: Path) -> None:
     assert layout.parameters or parameters == ["k_proj.weight"] or "gate" in parameters[0]
 
 
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("kind", FROM_CONFIG)
 def test_a_config_tells_the_experts(kind: str, tmp_path: Path) -> None:
     """Without the model: from the keys of its config."""
     config = BASES[kind][1](**BASES[kind][2], dtype="float32")
